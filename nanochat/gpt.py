@@ -1,0 +1,184 @@
+"""
+The base GPT, in the architecture of nanochat-d32: rotary positions, QK-norm, relu^2 MLP, untied head, a norm without
+parameters also after the embedding, logits softly capped at 15. Its blocks are the elastic ones of matryoshka.py, so
+it runs at any nested width, and the hybrid (hybrid_gpt.py) is this class with Mamba blocks put between.
+"""
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+
+from nanochat.loss_eval import head_logits, head_loss
+from nanochat.matryoshka import AttentionBlock, Cost, block_cost, mode_levels, norm, resolve_level, rope_tables
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The fields of nanochat's `model_config`; all else is a constant of this architecture or derived."""
+    sequence_len: int = 2048
+    vocab_size: int = 65536
+    n_layer: int = 32
+    n_head: int = 16
+    n_kv_head: int = 16
+    n_embd: int = 2048
+
+    # Not fields: what every nanochat-d32 vintage model has. Changing one changes the function of old checkpoints.
+    rope_base = 10000.0
+    softcap = 15.0
+    norm_eps = 2.0 ** -23  # that of torch's rms_norm in fp32
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"width {self.n_embd} is no multiple of the {self.n_head} heads: "
+                             "choose a width that is a whole number of heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head dim {self.head_dim} is odd, and rotary positions need pairs: choose an even one")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"{self.n_head} heads cannot share {self.n_kv_head} key/value heads evenly")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def d_ref(self) -> int:
+        """Width of the base model: what the norm divides by at every width."""
+        return self.n_embd
+
+    @property
+    def modes(self) -> dict[str, int]:
+        """Mode name -> width."""
+        return mode_levels(self.n_embd, self.d_ref, self.head_dim)
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The allowed widths, ascending."""
+        return tuple(sorted(set(self.modes.values())))
+
+    @classmethod
+    def from_depth(cls, depth: int, vocab_size: int, sequence_len: int, aspect_ratio: int = 64,
+                   head_dim: int | None = None) -> "GPTConfig":
+        """
+        One dial: the width is depth * aspect_ratio, rounded up to whole heads; a head has 128 dims, or as few as 32
+        where that is needed for eight heads (a small model, too, wants several widths to choose from).
+        Raises ValueError when a given head dim does not divide the width.
+        """
+        width = depth * aspect_ratio
+        if head_dim is None:
+            head_dim = next((hd for hd in (128, 64) if width >= 8 * hd), 32)
+            width = -(-width // head_dim) * head_dim
+        elif head_dim < 1 or width % head_dim:
+            raise ValueError(f"width {width} (depth {depth} x aspect ratio {aspect_ratio}) is no multiple of the "
+                             f"head dim {head_dim}: choose another --head-dim or --aspect-ratio")
+        n_head = width // head_dim
+        return cls(sequence_len, vocab_size, depth, n_head, n_head, width)
+
+
+class GPT(nn.Module):
+    """
+    Parameter names are nanochat's: transformer.wte, transformer.h.{i}.{attn,mlp}.*, lm_head. Master weights are fp32;
+    activations and matrix products run in the dtype of `self.compute_dtype`. Safe to build on the meta device; call
+    `init_weights` (or load a checkpoint) after materialising.
+    """
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "h": nn.ModuleList(self._make_blocks(config)),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def _make_blocks(self, config):
+        return [AttentionBlock(config, value_embedding=False) for _ in range(config.n_layer)]
+
+    @torch.no_grad()
+    def init_weights(self):
+        """
+        nanochat's initialisation: embedding N(0, 1); matrices that read the residual stream uniform with standard
+        deviation n_embd^-0.5; those that write to it zero, so that every block starts as the identity; head N(0, 0.001^2).
+        """
+        nn.init.normal_(self.transformer.wte.weight)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        bound = (3 / self.config.n_embd) ** 0.5
+        for block in self.transformer.h:
+            for module in (m for m in (getattr(block, "attn", None), block.mlp) if m is not None):
+                for name, p in module.named_parameters():
+                    if name.startswith(("c_proj", "ve_gate")):
+                        nn.init.zeros_(p)
+                    else:
+                        nn.init.uniform_(p, -bound, bound)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.wte.weight.device
+
+    def resolve_widths(self, widths) -> list[int]:
+        """None (full), a mode name, a width, or one of these per block -> a width per block. ValueError if not allowed."""
+        modes, levels, n = self.config.modes, self.config.levels, len(self.transformer.h)
+        if widths is None:
+            return [self.config.n_embd] * n
+        if isinstance(widths, (str, int)):
+            return [resolve_level(widths, modes, levels)] * n
+        if len(widths) != n:
+            raise ValueError(f"{len(widths)} widths were given for {n} blocks")
+        return [resolve_level(w, modes, levels) for w in widths]
+
+    def hidden(self, idx: torch.Tensor, widths=None, cache=None) -> torch.Tensor:
+        """
+        idx (B, T) int64 -> the normed final hidden states (B, T, D). widths: see `resolve_widths`.
+        cache: continue from it, and advance it by T tokens; without one, a sequence starts at position 0.
+        """
+        c = self.config
+        start = cache.pos if cache is not None else 0
+        if start + idx.size(1) > c.sequence_len:
+            raise ValueError(f"{start + idx.size(1)} tokens do not fit the model's context of {c.sequence_len}: "
+                             "give a shorter prompt or ask for fewer tokens")
+        rope = rope_tables(torch.arange(start, start + idx.size(1), device=idx.device), c.head_dim, c.rope_base)
+        x = norm(self.embed(self.transformer.wte, idx), c.d_ref, c.norm_eps)
+        for i, (block, d) in enumerate(zip(self.transformer.h, self.resolve_widths(widths))):
+            x = block(x, d, rope, self.value(i, idx), cache[i] if cache is not None else None)
+        if cache is not None:
+            cache.advance(idx.size(1))
+        return norm(x, c.d_ref, c.norm_eps)
+
+    def embed(self, table: nn.Embedding, idx: torch.Tensor) -> torch.Tensor:
+        return table(idx).to(self.compute_dtype)
+
+    def value(self, i: int, idx: torch.Tensor):
+        """Value embeddings of the tokens for block i, (B, T, kv width), or None: the base has none."""
+        return None
+
+    def forward(self, idx, targets=None, widths=None, cache=None, teacher=None, reduction="mean"):
+        """
+        idx (B, T) int64. Without targets: logits (B, T, vocab) fp32. With targets (B, T) int64 (-1 = not supervised):
+        cross-entropy in nats, the mean or ("none") per token (B*T,), and the hidden states (B, T, D) detached.
+        With `teacher` (B, T, D) hidden states too: KL(teacher || this pass), likewise.
+        """
+        h = self.hidden(idx, widths, cache)
+        if targets is None:
+            assert teacher is None, "distillation needs targets: they say which positions are supervised"
+            return head_logits(h, self.lm_head.weight, self.config.softcap)
+        return head_loss(h, self.lm_head.weight, targets, self.config.softcap, teacher, reduction), h.detach()
+
+    def cost(self, widths=None, context: float = 0) -> dict[str, Cost]:
+        """
+        FLOPs of one token at these widths when attention sees `context` positions, in three parts: 'dynamic' (shrinks
+        with width), 'static' (Mamba mixers), 'head' (lm_head). Works on the meta device.
+        """
+        dynamic = static = Cost()
+        for block, d in zip(self.transformer.h, self.resolve_widths(widths)):
+            a, b = block_cost(block, d, context)
+            dynamic, static = dynamic + a, static + b
+        return {"dynamic": dynamic, "static": static,
+                "head": Cost(matmul=2 * self.config.n_embd * self.config.vocab_size)}
+
+    def num_params(self) -> dict[str, int]:
+        """Parameters by part, counted from the modules."""
+        parts = {"embedding": self.transformer.wte, "lm_head": self.lm_head, "blocks": self.transformer.h}
+        counts = {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()}
+        return counts | {"total": sum(p.numel() for p in self.parameters())}

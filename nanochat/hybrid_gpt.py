@@ -1,0 +1,122 @@
+"""
+HybridGPT: a GPT with a Mamba-2 block behind each of its attention blocks, value embeddings, and nested widths.
+
+Even blocks are attention + MLP, the base's own; odd blocks are Mamba-2 + MLP. Attention and MLP run at any level;
+the Mamba mixers, the embedding and the head always run whole: the stable memory. This file knows nothing of files,
+devices, ranks or flags.
+"""
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.mamba_block import Mamba2
+from nanochat.matryoshka import MLP, AttentionBlock, add_prefix, norm
+
+
+@dataclass(frozen=True)
+class HybridConfig(GPTConfig):
+    """
+    n_layer counts the base's layers; the hybrid has twice as many blocks. d_ref is the width of the base it was cut
+    from. mamba_group_width is the width that one group of B, C and of the gated norm serves: growth appends whole
+    groups, so that old ones stay as they are.
+    """
+    d_ref: int = 2048
+    mamba_expand: int = 3
+    mamba_headdim: int = 64
+    mamba_d_state: int = 128
+    mamba_d_conv: int = 4
+    mamba_group_width: int = 768
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.d_inner % self.mamba_group_width:
+            raise ValueError(f"the inner Mamba width {self.d_inner} ({self.mamba_expand} x {self.n_embd}) is no multiple of "
+                             f"the group width {self.mamba_group_width}: choose a width or a group width that divides")
+        if self.mamba_group_width % self.mamba_headdim:
+            raise ValueError(f"the Mamba group width {self.mamba_group_width} is no multiple of its head dim "
+                             f"{self.mamba_headdim}")
+        if self.d_ref > self.n_embd or self.d_ref % self.head_dim:
+            raise ValueError(f"d_ref {self.d_ref} must be a whole number of heads and at most the width {self.n_embd}")
+
+    @property
+    def d_inner(self) -> int:
+        return self.mamba_expand * self.n_embd
+
+    @classmethod
+    def from_base(cls, base: GPTConfig) -> "HybridConfig":
+        """
+        The hybrid of a base GPT. For width 2048: SSM heads of 64, 8 groups of 768, state 128 (DESIGN 4). Smaller
+        widths take the most groups, up to 8, that whole SSM heads allow, and below 1024 a state of 64.
+        """
+        d_inner = cls.mamba_expand * base.n_embd
+        for headdim in (64, 32, 16):
+            for ngroups in (8, 4, 2, 1):
+                if d_inner % (ngroups * headdim) == 0:
+                    return cls(**asdict(base), d_ref=base.n_embd, mamba_headdim=headdim,
+                               mamba_d_state=128 if base.n_embd >= 1024 else 64, mamba_group_width=d_inner // ngroups)
+        raise ValueError(f"width {base.n_embd} gives no whole SSM heads: choose a base whose width is a multiple of 16")
+
+
+class MambaBlock(nn.Module):
+    """One residual unit: a Mamba-2 mixer at full width, then an MLP at width d."""
+    kind = "mamba"
+
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        self.d_ref, self.eps = config.d_ref, config.norm_eps
+        self.mamba = Mamba2(config.n_embd, d_state=config.mamba_d_state, d_conv=config.mamba_d_conv,
+                            expand=config.mamba_expand, headdim=config.mamba_headdim,
+                            ngroups=config.d_inner // config.mamba_group_width)
+        self.mlp = MLP(config)
+
+    def forward(self, x, d, rope, value=None, cache=None):
+        """x (B, T, D) -> (B, T, D). rope and value are for attention blocks; cache is this block's MambaState."""
+        x = x + self.mamba(norm(x, self.d_ref, self.eps), cache)
+        return add_prefix(x, self.mlp(x, d))
+
+
+class HybridGPT(GPT):
+    """
+    Parameter names: transformer.h.{2i} is the base's layer i, transformer.h.{2i+1}.{mamba,mlp} the Mamba block
+    behind it, value_embeds.{2i} the table of attention block 2i (every second one has one, the last always).
+    """
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        width = config.n_kv_head * config.head_dim
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, width)
+                                           for i, block in enumerate(self.transformer.h)
+                                           if block.kind == "attention" and block.attn.ve_gate is not None})
+
+    def _make_blocks(self, config):
+        blocks = []
+        for i in range(config.n_layer):
+            blocks += [AttentionBlock(config, value_embedding=(config.n_layer - 1 - i) % 2 == 0), MambaBlock(config)]
+        return blocks
+
+    @torch.no_grad()
+    def init_weights(self):
+        """
+        GPT's initialisation; mamba-ssm's for the mixers, except that each out_proj is zero like every writer into the
+        residual stream; value embeddings zero. So all that a hybrid has beyond its base is an exact no-op at first.
+        """
+        super().init_weights()
+        for block in self.transformer.h:
+            if block.kind == "mamba":
+                block.mamba.init_weights()
+                nn.init.zeros_(block.mamba.out_proj.weight)
+        for table in self.value_embeds.values():
+            nn.init.zeros_(table.weight)
+
+    def value(self, i, idx):
+        key = str(i)
+        return self.embed(self.value_embeds[key], idx) if key in self.value_embeds else None
+
+    def num_params(self):
+        """Parameters by part: 'base' is what the base GPT of this width would have."""
+        mamba = sum(p.numel() for b in self.transformer.h if b.kind == "mamba" for p in b.parameters())
+        values = sum(p.numel() for p in self.value_embeds.parameters())
+        values += sum(p.numel() for n, p in self.named_parameters() if ".ve_gate." in n)
+        total = sum(p.numel() for p in self.parameters())
+        return {"base": total - mamba - values, "mamba": mamba, "value_embeds": values, "total": total}

@@ -1,0 +1,240 @@
+"""
+The elastic layers: a norm that does not change with width, attention and MLP that run at any leading width `d` of the
+residual stream, the levels a model allows, and what a block costs at each (the one owner of cost).
+
+Widths are nested (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147): width d uses the first d residual dims, the
+first d / head_dim heads and the first 4 d hidden units, so that every smaller model is a corner of the larger one.
+The sliced matrices are multiplied, never masked full ones: matrix-product FLOPs fall as (d / D)^2.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+MODES = ("ghost", "whisper", "normal", "think", "god")  # names of the uniform levels, narrow to wide
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Levels
+
+def mode_levels(width: int, d_ref: int, head_dim: int) -> dict[str, int]:
+    """
+    The uniform level each mode name stands for, in a model of full width `width` cut from a base of width `d_ref`.
+    For nanochat-d32 (2048, heads of 128): ghost 128, whisper 512, normal 1024, think 2048, god = `width`.
+    A smaller model scales them in whole heads: one head, a quarter, a half and all of `d_ref`.
+    """
+    def whole_heads(d):
+        return max(head_dim, d // head_dim * head_dim)
+    return {"ghost": head_dim, "whisper": whole_heads(d_ref // 4), "normal": whole_heads(d_ref // 2),
+            "think": d_ref, "god": width}
+
+
+def resolve_level(mode: str | int, modes: dict[str, int], levels: tuple[int, ...]) -> int:
+    """
+    A mode name or a number -> an allowed width. Raises ValueError that lists what is allowed.
+    """
+    if isinstance(mode, str) and not mode.isdigit():
+        if mode not in modes:
+            raise ValueError(f"unknown mode '{mode}': choose one of {', '.join(modes)} or a width among "
+                             f"{', '.join(map(str, levels))}")
+        return modes[mode]
+    if int(mode) not in levels:
+        raise ValueError(f"width {mode} is not a level of this model: choose one of {', '.join(map(str, levels))}")
+    return int(mode)
+
+
+def sample_levels(levels: tuple[int, ...], n_block: int, generator: torch.Generator) -> list[int]:
+    """
+    A level per block for one student pass. Half the time one uniform level, since the named modes are uniform and
+    independent draws over many blocks never come near them; half the time levels scattered around a random mean.
+    `generator` is seeded alike on all ranks, so that all ranks run the same shapes.
+    """
+    def draw(n):
+        return int(torch.randint(n, (), generator=generator))
+    if draw(2) == 0:
+        return [levels[draw(len(levels))]] * n_block
+    mean = torch.rand((), generator=generator) * (len(levels) - 1)
+    at = (mean + torch.randn(n_block, generator=generator)).round().clamp(0, len(levels) - 1)
+    return [levels[int(i)] for i in at]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+class _Norm(torch.autograd.Function):
+    """
+    Written out because autograd's version of the plain formula takes 8.2 ms where this takes 1.4 (forward and backward
+    of (8, 512, 256) in bf16 on two cores); torch's fused rms_norm takes 9.3 there. The arithmetic is fp32 (fp64 for
+    fp64 input), the input and output keep their dtype.
+    """
+    @staticmethod
+    def forward(ctx, x, d_ref, eps):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square().div(d_ref).add(eps).rsqrt()
+        y = (x * r).to(x.dtype)
+        ctx.save_for_backward(y, r)
+        ctx.d_ref = d_ref
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        y, r = ctx.saved_tensors
+        s = (g * y).sum(-1, keepdim=True, dtype=r.dtype).div(-ctx.d_ref)
+        return (torch.addcmul(g, y, s) if g.dtype == r.dtype else g + y * s).mul(r).to(g.dtype), None, None
+
+
+def norm(x: torch.Tensor, d_ref: int, eps: float) -> torch.Tensor:
+    """
+    x * rsqrt(sum(x^2) / d_ref + eps) over the last dim, in fp32, without parameters, whatever the length of x. At
+    length d_ref this is RMSNorm. Dividing by d_ref and not by the length gives a slice x[..., :d] the length of the
+    whole vector (pre-activations keep their scale at every width) and lets zero dims be appended without any change.
+    """
+    return _Norm.apply(x, d_ref, eps)
+
+
+def sliced_linear(x: torch.Tensor, weight: torch.Tensor, d_out: int) -> torch.Tensor:
+    """x (..., d_in) times the leading corner weight[:d_out, :d_in]^T, in the dtype of x -> (..., d_out)."""
+    return F.linear(x, weight[:d_out, :x.size(-1)].to(x.dtype))
+
+
+def add_prefix(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x with y (..., d) added to its first d dims; the rest passes through."""
+    d = y.size(-1)
+    if d == x.size(-1):
+        return x + y
+    return torch.cat((x[..., :d] + y, x[..., d:]), dim=-1)
+
+
+def rope_tables(positions: torch.Tensor, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, fp32, (*positions.shape, head_dim / 2), of the rotary embedding (Su et al. 2021, arXiv 2104.09864)."""
+    inv_freq = base ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions[..., None].float() * inv_freq
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotates x (B, T, H, head_dim) by -theta, as nanochat does: the halves are (x1 cos + x2 sin, x2 cos - x1 sin)."""
+    cos, sin = (t.to(x.dtype).unsqueeze(-2) for t in rope)  # (T, 1, head_dim/2) or (B, T, 1, head_dim/2)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """
+    Causal self-attention at any width d: h = d / head_dim heads read and write the first d residual dims.
+    RoPE, then an ordinary RMSNorm of q and k over head_dim (QK-norm). head_dim is never sliced.
+    With `value_embedding` (nanochat, January 2026) each kv head adds gate * table[token] to v; a zero table is an
+    exact no-op.
+    """
+    def __init__(self, config, value_embedding: bool):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.d_ref, self.eps = config.d_ref, config.norm_eps
+        D, D_kv = config.n_embd, config.n_kv_head * config.head_dim
+        self.c_q = nn.Linear(D, D, bias=False)
+        self.c_k = nn.Linear(D, D_kv, bias=False)
+        self.c_v = nn.Linear(D, D_kv, bias=False)
+        self.c_proj = nn.Linear(D, D, bias=False)
+        self.ve_gate = nn.Linear(min(32, self.head_dim), self.n_kv_head, bias=False) if value_embedding else None
+
+    def n_kv(self, d: int) -> int:
+        """Key/value heads in use at width d: those that the first d / head_dim query heads read."""
+        return -(-(d // self.head_dim) * self.n_kv_head // self.n_head)
+
+    def forward(self, x, d, rope, value=None, cache=None):
+        """
+        x (B, T, D) -> the update of its first d dims, (B, T, d).
+        rope: tables of the tokens' positions. value: (B, T, kv width) embeddings of the tokens, where this block has
+        them. cache: this block's view of the cache; it takes the new k, v and gives all that the queries may see.
+        """
+        B, T, _ = x.shape
+        h, h_kv, hd = d // self.head_dim, self.n_kv(d), self.head_dim
+        u = norm(x[..., :d], self.d_ref, self.eps)
+        q = sliced_linear(u, self.c_q.weight, h * hd).view(B, T, h, hd)
+        k = sliced_linear(u, self.c_k.weight, h_kv * hd).view(B, T, h_kv, hd)
+        v = sliced_linear(u, self.c_v.weight, h_kv * hd).view(B, T, h_kv, hd)
+        if self.ve_gate is not None:
+            c = self.ve_gate.in_features
+            # u grows as a slice shrinks; sqrt(d / d_ref) undoes it, so the gate sees one scale at every width
+            gate = 2 * torch.sigmoid(sliced_linear(u[..., :c] * (d / self.d_ref) ** 0.5, self.ve_gate.weight, h_kv))
+            v = v + gate.unsqueeze(-1) * value[..., :h_kv * hd].view(B, T, h_kv, hd)
+        q, k = (norm(apply_rope(t, rope), hd, self.eps) for t in (q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.update(k, v)
+        if h != h_kv:
+            group = self.n_head // self.n_kv_head
+            k, v = (t.repeat_interleave(group, dim=1)[:, :h] for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None)
+        y = y.transpose(1, 2).reshape(B, T, d)
+        return sliced_linear(y, self.c_proj.weight, d)
+
+
+class MLP(nn.Module):
+    """relu(u W_fc)^2 W_proj at any width d: the first 4 d hidden units read and write the first d residual dims."""
+    def __init__(self, config):
+        super().__init__()
+        self.d_ref, self.eps = config.d_ref, config.norm_eps
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, d):
+        """x (B, T, D) -> the update of its first d dims, (B, T, d)."""
+        u = norm(x[..., :d], self.d_ref, self.eps)
+        hidden = sliced_linear(u, self.c_fc.weight, 4 * d)
+        return sliced_linear(F.relu(hidden).square(), self.c_proj.weight, d)
+
+
+class AttentionBlock(nn.Module):
+    """One residual unit: attention, then MLP, both at width d."""
+    kind = "attention"
+
+    def __init__(self, config, value_embedding: bool):
+        super().__init__()
+        self.attn = Attention(config, value_embedding)
+        self.mlp = MLP(config)
+
+    def forward(self, x, d, rope, value=None, cache=None):
+        x = add_prefix(x, self.attn(x, d, rope, value, cache))
+        return add_prefix(x, self.mlp(x, d))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cost
+
+class Cost(NamedTuple):
+    """
+    FLOPs of one token (a multiply-add is 2): weight matrix products, attention scores and values, and the elementwise
+    rest of the Mamba mixer (convolution, recurrence). Costs add up with `+`.
+    """
+    matmul: float = 0.0
+    attention: float = 0.0
+    scan: float = 0.0
+
+    def __add__(self, other):
+        return Cost(*(a + b for a, b in zip(self, other)))
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def block_cost(block: nn.Module, d: int, context: float) -> tuple[Cost, Cost]:
+    """
+    (dynamic, static) cost of one token in `block` at width d when attention sees `context` positions: dynamic is what
+    shrinks with d (attention, MLP), static is the Mamba mixer, which always runs whole.
+    """
+    mlp = Cost(matmul=2 * 8 * d * d)
+    if block.kind == "attention":
+        attn = block.attn
+        d_kv = attn.n_kv(d) * attn.head_dim
+        matmul = 2 * (2 * d * d + 2 * d * d_kv)
+        if attn.ve_gate is not None:
+            matmul += 2 * attn.ve_gate.in_features * attn.n_kv(d)
+        return mlp + Cost(matmul=matmul, attention=2 * 2 * context * d), Cost()
+    flops = block.mamba.flops_per_token()
+    return mlp, Cost(matmul=flops["matmul"], scan=flops["conv"] + flops["scan"])

@@ -1,0 +1,211 @@
+"""
+The training loop that base_train and fractal_train share: schedule, gradient accumulation, evaluation, progress lines,
+metrics.jsonl, wandb, checkpoints, and resuming where an interrupted run stopped.
+"""
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from nanochat import checkpoint_manager as ckpt
+from nanochat.common import autodetect_device_type, get_compute_dtype, get_rank, print0
+from nanochat.dataloader import DataLoader
+
+# Flags that say how a run is watched and kept, not what it computes: they may differ when it is resumed.
+WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log_every", "device"}
+
+# Dense bf16 peak FLOP/s by a part of the device's name, from the vendor's data sheets.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12,
+              "4090": 165e12, "A10": 125e12}
+
+
+def add_training_args(p: argparse.ArgumentParser) -> None:
+    """The flags that every training script has."""
+    p.add_argument("--data", default="embedded",
+                   help="'embedded' (the Python standard library's text), a folder or file of .parquet/.jsonl/.txt, or a "
+                        "hub dataset's name such as karpathy/climbmix-400b-shuffle (default: embedded)")
+    p.add_argument("--num-iterations", type=int, default=-1, help="optimizer steps (default: derived and printed)")
+    p.add_argument("--device-batch-size", type=int, default=-1,
+                   help="rows per forward pass; lower it when memory runs out (default: 8 on a CPU, 32 on a GPU)")
+    p.add_argument("--total-batch-size", type=int, default=-1,
+                   help="tokens per optimizer step, over all passes (default: one pass on a CPU, 524288 on a GPU)")
+    p.add_argument("--matrix-lr", type=float, default=0.02, help="Muon's learning rate (default: 0.02)")
+    p.add_argument("--embedding-lr", type=float, default=0.2, help="AdamW's for embeddings, at width 768 (default: 0.2)")
+    p.add_argument("--unembedding-lr", type=float, default=0.004, help="AdamW's for the head, at width 768 (default: 0.004)")
+    p.add_argument("--scalar-lr", type=float, default=0.004,
+                   help="AdamW's for convolutions, gates and SSM parameters, at width 768 (default: 0.004)")
+    p.add_argument("--warmup-ratio", type=float, default=0.0, help="share of the steps that raise the rate (default: 0)")
+    p.add_argument("--warmdown-ratio", type=float, default=0.4, help="share of the steps that lower it to 0 (default: 0.4)")
+    p.add_argument("--seed", type=int, default=1337, help="of initialisation and sampling (default: 1337)")
+    p.add_argument("--eval-every", type=int, default=250, help="steps between evaluations; -1 = only at the end (default: 250)")
+    p.add_argument("--eval-tokens", type=int, default=-1, help="validation tokens per evaluation (default: 20 passes' worth)")
+    p.add_argument("--save-every", type=int, default=250, help="steps between checkpoints; -1 = only at the end (default: 250)")
+    p.add_argument("--keep-checkpoints", type=int, default=2, help="how many to keep (default: 2)")
+    p.add_argument("--log-every", type=int, default=10, help="steps between progress lines (default: 10)")
+    p.add_argument("--fresh", action="store_true",
+                   help="start over: delete the run's earlier checkpoints (default: resume from the newest)")
+    p.add_argument("--run", default=None, help="log to wandb under this name (WANDB_MODE=offline works without network)")
+    p.add_argument("--device", default=None, choices=["cpu", "cuda"], help="default: cuda where there is one")
+
+
+def derive_batch(args, sequence_len: int) -> tuple[str, torch.dtype, int]:
+    """
+    Fills in the device, device batch and total batch that `args` leave open, prints each derivation, and returns
+    (device type, compute dtype, gradient accumulation passes per step).
+    """
+    device = args.device or autodetect_device_type()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but torch sees no CUDA device: drop the flag to run on the CPU")
+    dtype = get_compute_dtype(device)
+    if args.device_batch_size < 0:
+        args.device_batch_size = 32 if device == "cuda" else 8
+    one_pass = args.device_batch_size * sequence_len
+    if args.total_batch_size < 0:
+        args.total_batch_size = max(1, 524288 // one_pass) * one_pass if device == "cuda" else one_pass
+    if args.eval_tokens < 0:
+        args.eval_tokens = 20 * one_pass
+    if args.device_batch_size < 1 or args.total_batch_size % one_pass:
+        raise ValueError(f"--total-batch-size {args.total_batch_size} is no multiple of the {one_pass} tokens of one pass "
+                         f"({args.device_batch_size} rows x {sequence_len}): choose one that is")
+    passes = args.total_batch_size // one_pass
+    print0(f"device {device}, {torch.get_num_threads()} threads, compute dtype {str(dtype).removeprefix('torch.')}")
+    print0(f"tokens per step {args.total_batch_size:,} = {args.device_batch_size} rows x {sequence_len} tokens x "
+           f"{passes} pass{'es' if passes > 1 else ''}")
+    return device, dtype, passes
+
+
+def lr_multiplier(step: int, total: int, warmup_ratio: float, warmdown_ratio: float) -> float:
+    """Linear warm-up, constant, linear warm-down to zero after the last step."""
+    warmup, warmdown = round(warmup_ratio * total), round(warmdown_ratio * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    return min(1.0, (total - step) / warmdown) if warmdown else 1.0
+
+
+def muon_momentum(step: int) -> float:
+    """0.85 rising to 0.95 over the first 300 steps, as in nanochat."""
+    return 0.85 + 0.10 * min(step / 300, 1)
+
+
+class Run:
+    """
+    A training run in one folder. `settings` (all flags that change what is computed, and the source) are stored with
+    every checkpoint; a resume with others is refused.
+    """
+    def __init__(self, folder: Path, args, extra_settings: dict):
+        self.folder, self.args = Path(folder), args
+        settings = {k: v for k, v in vars(args).items() if k not in WATCHING} | extra_settings
+        self.settings = json.loads(json.dumps(settings))
+        self.start, self.meta = 0, None
+        if args.fresh:
+            for path in [*self.folder.glob("*_[0-9]*.*"), self.folder / "metrics.jsonl"]:
+                path.unlink(missing_ok=True)
+        elif ckpt.list_steps(self.folder):
+            self.start = ckpt.last_step(self.folder)
+            self.meta = ckpt.load_json(self.folder / f"meta_{self.start:06d}.json")
+            before = self.meta.get("settings", {})
+            if changed := sorted(k for k in before.keys() | self.settings.keys()
+                                 if before.get(k) != self.settings.get(k)):
+                k = changed[0]
+                raise ValueError(f"{self.folder} holds a run with other settings ({', '.join(changed)}; {k} was "
+                                 f"{before.get(k)!r}, now {self.settings.get(k)!r}): use the same flags to resume it, "
+                                 "--fresh to start over, or another --tag")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint to resume from is the run's last."""
+        return self.meta is not None and self.start >= self.args.num_iterations
+
+    def train(self, model, optimizers, tokenizer, data, backward, evaluate, passes: int, sequence_len: int,
+              flops_per_token: float) -> dict:
+        """
+        Trains to args.num_iterations. backward(step, x, y, scale) computes and backpropagates one pass and returns its
+        losses; evaluate() returns a dict with 'bpb'. Returns the last evaluation and the run's figures: {'bpb',
+        'first_bpb', 'tok_per_s', 'steps'}.
+        """
+        args, device = self.args, model.device
+        rank, world = get_rank()
+        state = None
+        if self.meta is not None:
+            ckpt.load_optimizers(self.folder, self.start, optimizers)
+            state = self.meta["loader"]
+            print0(f"resuming {self.folder} after step {self.start}")
+        loader = DataLoader(tokenizer, data, "train", args.device_batch_size, sequence_len, rank, world, device, state)
+        batches = iter(loader)
+        figures = dict(self.meta["figures"]) if self.meta else {}
+        peak = next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
+        wandb = _start_wandb(args.run, self.settings) if rank == 0 and args.run else None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        step_times, total = [], args.num_iterations
+        with open(self.folder / "metrics.jsonl", "a") as log:
+            def record(entry):
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+                if wandb:
+                    wandb.log(entry)
+
+            for step in range(self.start, total + 1):
+                last = step == total
+                if last or (args.eval_every > 0 and step % args.eval_every == 0 and (step > self.start or step == 0)):
+                    t0 = time.perf_counter()
+                    result = evaluate()
+                    figures.setdefault("first_bpb", result["bpb"])
+                    figures["bpb"] = result["bpb"]
+                    print0(f"step {step:5d}/{total} | validation {result['bpb']:.4f} bits/byte "
+                           f"({time.perf_counter() - t0:.1f} s)")
+                    record({"step": step, **{f"val_{k}": v for k, v in result.items()}})
+                if step_times:
+                    figures["tok_per_s"] = round(args.total_batch_size / statistics.median(step_times), 1)
+                if step > self.start and (last or (args.save_every > 0 and step % args.save_every == 0)):
+                    ckpt.save_step(self.folder, step, model, optimizers, keep=args.keep_checkpoints, meta={
+                        "settings": self.settings, "loader": loader.state(), "figures": figures,
+                        "val_bpb": figures.get("bpb")})
+                if last:
+                    break
+                t0 = time.perf_counter()
+                losses = {}
+                for _ in range(passes):
+                    x, y = next(batches)
+                    for k, v in backward(step, x, y, 1 / passes).items():
+                        losses[k] = losses.get(k, 0) + v / passes
+                scale = lr_multiplier(step, total, args.warmup_ratio, args.warmdown_ratio)
+                for opt in optimizers:
+                    for group in opt.param_groups:
+                        group["lr"] = group["initial_lr"] * scale
+                        if "momentum" in group:
+                            group["momentum"] = muon_momentum(step)
+                    opt.step()
+                model.zero_grad(set_to_none=True)
+                losses = {k: float(v) for k, v in losses.items()}  # waits for the device
+                if not math.isfinite(losses["loss"]):
+                    raise ValueError(f"the loss is {losses['loss']} at step {step}: lower --matrix-lr and --embedding-lr; "
+                                     f"the checkpoints in {self.folder} are from before")
+                step_times.append(time.perf_counter() - t0)
+                if step % args.log_every == 0 or step == total - 1:
+                    recent = statistics.median(step_times[-20:])
+                    rate = args.total_batch_size / recent
+                    mfu = f" | MFU {rate * flops_per_token / peak:.1%}" if peak else ""
+                    values = " | ".join(f"{k} {v:.4f}" for k, v in losses.items())
+                    print0(f"step {step:5d}/{total} | {values} | lr x{scale:.2f} | {rate:,.0f} tok/s{mfu} | "
+                           f"ETA {_clock(recent * (total - step - 1))}")
+                    record({"step": step, **losses, "lr_scale": scale, "tok_per_s": rate})
+        if wandb:
+            wandb.finish()
+        return figures | {"steps": total}
+
+
+def _clock(seconds: float) -> str:
+    m, s = divmod(int(seconds), 60)
+    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
+
+
+def _start_wandb(name: str, settings: dict):
+    import wandb  # takes seconds to import, and most runs do not want it
+    try:
+        return wandb.init(project="nanochat", name=name, config=settings)
+    except Exception as e:  # its own exception classes vary between versions
+        raise ConnectionError(f"wandb could not start ({e}): set WANDB_MODE=offline, or leave --run away") from e

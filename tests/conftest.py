@@ -1,0 +1,44 @@
+"""Shared fixtures: small random models whose every weight is non-zero, so that no part of them is a no-op."""
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import build_model
+from nanochat.gpt import GPTConfig
+from nanochat.hybrid_gpt import HybridConfig
+
+
+def randomize(model, seed=0):
+    """Initialises, then fills what init_weights leaves at zero, at a scale that keeps activations of order one."""
+    torch.manual_seed(seed)
+    model.init_weights()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.abs().max() == 0:
+                p.normal_(std=0.3 * p.size(-1) ** -0.5 if p.ndim > 1 else 0.1)
+        model.lm_head.weight.normal_(std=0.05)
+    return model
+
+
+@pytest.fixture
+def base_config():
+    return GPTConfig(sequence_len=64, vocab_size=300, n_layer=3, n_head=4, n_kv_head=4, n_embd=64)
+
+
+@pytest.fixture
+def hybrid_config(base_config):
+    return HybridConfig.from_base(base_config)
+
+
+@pytest.fixture
+def base(base_config):
+    return randomize(build_model(base_config))
+
+
+@pytest.fixture
+def hybrid(hybrid_config):
+    return randomize(build_model(hybrid_config))
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(300, (2, 48), generator=torch.Generator().manual_seed(7))
