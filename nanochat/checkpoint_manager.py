@@ -7,6 +7,7 @@ Three layouts:
   hybrid_checkpoints/<tag>/    model.pt  config.json  tokenizer/                       (surgery's output)
 A step's meta file is written last and marks the checkpoint as whole. Every file is loaded with weights_only=True.
 """
+import hashlib
 import json
 import os
 import pickle
@@ -69,9 +70,18 @@ def load_torch(path: Path):
     except pickle.UnpicklingError as e:
         raise ValueError(f"{path} is refused: it is damaged or holds more than tensors ({str(e).splitlines()[0]}); "
                          "use a checkpoint from a source you trust") from e
-    except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as e:
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError) as e:
         raise ValueError(f"{path} is truncated or no checkpoint ({str(e).splitlines()[0][:120]}): "
                          "copy or download it again, or go back to an earlier one") from e
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def save_json(obj, path: Path) -> None:

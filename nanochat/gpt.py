@@ -162,8 +162,12 @@ class GPT(nn.Module):
         h = self.hidden(idx, widths, cache)
         if targets is None:
             assert teacher is None, "distillation needs targets: they say which positions are supervised"
-            return head_logits(h, self.lm_head.weight, self.config.softcap)
+            return self.logits(h)
         return head_loss(h, self.lm_head.weight, targets, self.config.softcap, teacher, reduction), h.detach()
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., D) -> logits (..., vocab), fp32."""
+        return head_logits(h, self.lm_head.weight, self.config.softcap)
 
     def cost(self, widths=None, context: float = 0) -> dict[str, Cost]:
         """

@@ -13,6 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from nanochat.cpu_attention import causal_attention
+
 MODES = ("ghost", "whisper", "normal", "think", "god")  # names of the uniform levels, narrow to wide
 
 
@@ -47,14 +49,15 @@ def resolve_level(mode: str | int, modes: dict[str, int], levels: tuple[int, ...
 
 def sample_levels(levels: tuple[int, ...], n_block: int, generator: torch.Generator) -> list[int]:
     """
-    A level per block for one student pass. Half the time one uniform level, since the named modes are uniform and
-    independent draws over many blocks never come near them; half the time levels scattered around a random mean.
+    A level per block for one student pass. Half the time one uniform level below the full one (that is the teacher),
+    since the named modes are uniform and independent draws over many blocks never come near them; half the time levels
+    scattered around a random mean.
     `generator` is seeded alike on all ranks, so that all ranks run the same shapes.
     """
     def draw(n):
         return int(torch.randint(n, (), generator=generator))
     if draw(2) == 0:
-        return [levels[draw(len(levels))]] * n_block
+        return [levels[draw(max(1, len(levels) - 1))]] * n_block
     mean = torch.rand((), generator=generator) * (len(levels) - 1)
     at = (mean + torch.randn(n_block, generator=generator)).round().clamp(0, len(levels) - 1)
     return [levels[int(i)] for i in at]
@@ -169,7 +172,7 @@ class Attention(nn.Module):
         if h != h_kv:
             group = self.n_head // self.n_kv_head
             k, v = (t.repeat_interleave(group, dim=1)[:, :h] for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None)
+        y = causal_attention(q, k, v) if cache is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = y.transpose(1, 2).reshape(B, T, d)
         return sliced_linear(y, self.c_proj.weight, d)
 
@@ -237,4 +240,4 @@ def block_cost(block: nn.Module, d: int, context: float) -> tuple[Cost, Cost]:
             matmul += 2 * attn.ve_gate.in_features * attn.n_kv(d)
         return mlp + Cost(matmul=matmul, attention=2 * 2 * context * d), Cost()
     flops = block.mamba.flops_per_token()
-    return mlp, Cost(matmul=flops["matmul"], scan=flops["conv"] + flops["scan"])
+    return mlp, Cost(matmul=flops["in_proj"] + flops["out_proj"], scan=flops["conv"] + flops["scan"])

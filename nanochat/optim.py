@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
     Newton-Schulz together. An update is scaled by sqrt(max(1, rows / cols)), as nanochat does.
     """
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+        super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):
@@ -92,10 +92,9 @@ def setup_optimizers(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.0
     scale = (model.config.n_embd / 768) ** -0.5
     lrs = {"embedding": embedding_lr * scale, "unembedding": unembedding_lr * scale, "scalar": scalar_lr * scale}
     optimizers = []
-    adam_groups = [dict(params=members[k], lr=lr, initial_lr=lr, name=k) for k, lr in lrs.items() if members[k]]
+    adam_groups = [{"params": members[k], "lr": lr, "initial_lr": lr, "name": k} for k, lr in lrs.items() if members[k]]
     if adam_groups:
         optimizers.append(torch.optim.AdamW(adam_groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True))
     if members["matrix"]:
-        group = dict(params=members["matrix"], lr=matrix_lr, initial_lr=matrix_lr, name="matrix")
-        optimizers.append(Muon([group]))
+        optimizers.append(Muon([{"params": members["matrix"], "lr": matrix_lr, "initial_lr": matrix_lr, "name": "matrix"}]))
     return optimizers

@@ -35,15 +35,20 @@ def add_training_args(p: argparse.ArgumentParser) -> None:
                    help="tokens per optimizer step, over all passes (default: one pass on a CPU, 524288 on a GPU)")
     p.add_argument("--matrix-lr", type=float, default=0.02, help="Muon's learning rate (default: 0.02)")
     p.add_argument("--embedding-lr", type=float, default=0.2, help="AdamW's for embeddings, at width 768 (default: 0.2)")
-    p.add_argument("--unembedding-lr", type=float, default=0.004, help="AdamW's for the head, at width 768 (default: 0.004)")
+    p.add_argument("--unembedding-lr", type=float, default=0.004,
+                   help="AdamW's for the head, at width 768 (default: 0.004)")
     p.add_argument("--scalar-lr", type=float, default=0.004,
                    help="AdamW's for convolutions, gates and SSM parameters, at width 768 (default: 0.004)")
     p.add_argument("--warmup-ratio", type=float, default=0.0, help="share of the steps that raise the rate (default: 0)")
-    p.add_argument("--warmdown-ratio", type=float, default=0.4, help="share of the steps that lower it to 0 (default: 0.4)")
+    p.add_argument("--warmdown-ratio", type=float, default=0.4,
+                   help="share of the steps that lower it to 0 (default: 0.4)")
     p.add_argument("--seed", type=int, default=1337, help="of initialisation and sampling (default: 1337)")
-    p.add_argument("--eval-every", type=int, default=250, help="steps between evaluations; -1 = only at the end (default: 250)")
-    p.add_argument("--eval-tokens", type=int, default=-1, help="validation tokens per evaluation (default: 20 passes' worth)")
-    p.add_argument("--save-every", type=int, default=250, help="steps between checkpoints; -1 = only at the end (default: 250)")
+    p.add_argument("--eval-every", type=int, default=250,
+                   help="steps between evaluations; -1 = only before and after (default: 250)")
+    p.add_argument("--eval-tokens", type=int, default=-1,
+                   help="validation tokens per evaluation (default: 20 passes' worth)")
+    p.add_argument("--save-every", type=int, default=250,
+                   help="steps between checkpoints; -1 = only at the end (default: 250)")
     p.add_argument("--keep-checkpoints", type=int, default=2, help="how many to keep (default: 2)")
     p.add_argument("--log-every", type=int, default=10, help="steps between progress lines (default: 10)")
     p.add_argument("--fresh", action="store_true",
@@ -150,7 +155,8 @@ class Run:
 
             for step in range(self.start, total + 1):
                 last = step == total
-                if last or (args.eval_every > 0 and step % args.eval_every == 0 and (step > self.start or step == 0)):
+                due = args.eval_every > 0 and step % args.eval_every == 0 and step > self.start
+                if step == 0 or due or last:
                     t0 = time.perf_counter()
                     result = evaluate()
                     figures.setdefault("first_bpb", result["bpb"])

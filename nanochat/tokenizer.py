@@ -1,0 +1,367 @@
+r"""
+The tokenizer: byte-level BPE in the style of GPT-4, trained with rustbpe, run with tiktoken, and the chat format.
+
+    python -m scripts.tok_train --data embedded --vocab-size 8192
+
+Ids: the 256 bytes and the merges first, in order of their rank, then nanochat's nine special tokens. Kept on disk as
+tokenizer.json (split pattern, tokens, special tokens: data only, nothing in it can run). nanochat's own tokenizer.pkl
+is a pickle, which can hold any program: `read_pickle` lets nothing but the encoding's parts through.
+"""
+import base64
+import binascii
+import functools
+import hashlib
+import io
+import json
+import os
+import pickle
+import pickletools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import rustbpe
+import tiktoken
+import torch
+
+from nanochat.common import atomic_write
+from nanochat.dataset import split_text
+
+SPECIAL_TOKENS = (
+    "<|bos|>",  # begins every document
+    "<|user_start|>", "<|user_end|>",  # the others appear in conversations only
+    "<|assistant_start|>", "<|assistant_end|>",
+    "<|python_start|>", "<|python_end|>",  # the assistant calls the Python tool
+    "<|output_start|>", "<|output_end|>",  # what the tool printed
+)
+
+# GPT-4's pattern, with at most two digits in a token where GPT-4 has three: kinder to small vocabularies.
+SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+                 r"|\s*[\r\n]|\s+(?!\S)|\s+")
+
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+FORMAT = "adamba-bpe-1"
+REMEDY = "make one with python -m scripts.tok_train"
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises ValueError for a vocabulary that has no room for the bytes and the special tokens."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(f"a vocabulary of {vocab_size} is too small: give at least {MIN_VOCAB_SIZE}, for 256 bytes "
+                         f"and {len(SPECIAL_TOKENS)} special tokens")
+
+
+class Tokenizer:
+    """
+    Text <-> token ids. Made by train_from_iterator or from_directory; the constructor takes the parts:
+    tokens (list of bytes, its index is the id), the split pattern, and the special tokens' names (the ids that follow).
+    Raises ValueError where the parts are no tokenizer.
+    """
+
+    def __init__(self, tokens: Sequence[bytes], pattern: str = SPLIT_PATTERN,
+                 special_tokens: Sequence[str] = SPECIAL_TOKENS):
+        ranks = _check_parts(tokens, pattern, special_tokens)
+        self.pattern = pattern
+        self.special_tokens = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
+        try:
+            self.enc = tiktoken.Encoding("adamba", pat_str=pattern, mergeable_ranks=ranks,
+                                         special_tokens=self.special_tokens)
+        except ValueError as e:  # the regex engine's words
+            raise ValueError(f"the tokenizer's split pattern does not compile ({e}): {REMEDY}") from e
+        self._bytes = [*tokens, *(name.encode() for name in special_tokens)]  # id -> bytes
+
+    # --- making, saving, loading
+
+    @classmethod
+    def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """
+        Learns a vocabulary of `vocab_size` ids, specials included, from the texts; of fewer where they are too short to
+        have that many merges. Raises ValueError below 265.
+        """
+        check_vocab_size(vocab_size)
+        trainer = rustbpe.Tokenizer()
+        # rustbpe holds buffer_size texts at a time: in pieces of 64k characters that is 64 MB, whatever the documents.
+        pieces = (text[a:b] for text in text_iterator for a, b in split_text(text, 65_536))
+        trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), buffer_size=1024, pattern=SPLIT_PATTERN)
+        return cls([bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])])
+
+    @classmethod
+    def from_directory(cls, folder: str | os.PathLike) -> "Tokenizer":
+        """
+        Reads tokenizer.json, else nanochat's tokenizer.pkl, from `folder` or from its subfolder tokenizer/.
+        Raises FileNotFoundError or ValueError.
+        """
+        folder = Path(folder)
+        for name, read in (("tokenizer.json", _read_json), ("tokenizer.pkl", read_pickle)):
+            for path in (folder / name, folder / "tokenizer" / name):
+                if path.is_file():
+                    tokens, pattern, special_tokens = read(path)
+                    try:
+                        return cls(tokens, pattern, special_tokens)
+                    except ValueError as e:
+                        raise ValueError(f"{path}: {e}") from e
+        raise FileNotFoundError(f"no tokenizer.json or tokenizer.pkl in {folder}: {REMEDY} --out {folder}")
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes tokenizer.json and token_bytes.pt (int32 [vocab]) into `folder`, each atomically."""
+        folder = Path(folder)
+        buffer = io.BytesIO()
+        torch.save(self.token_bytes(), buffer)
+        with atomic_write(folder / "token_bytes.pt") as f:
+            f.write(buffer.getvalue())
+        n = len(self._bytes) - len(self.special_tokens)
+        with atomic_write(folder / "tokenizer.json", "w") as f:
+            json.dump({"format": FORMAT, "pattern": self.pattern, "special_tokens": list(self.special_tokens),
+                       "tokens_base64": [base64.b64encode(token).decode() for token in self._bytes[:n]]}, f, indent=0)
+
+    # --- what it is
+
+    def get_vocab_size(self) -> int:
+        """The number of ids, special tokens included."""
+        return len(self._bytes)
+
+    def get_special_tokens(self) -> dict[str, int]:
+        """Name -> id of the special tokens."""
+        return dict(self.special_tokens)
+
+    def encode_special(self, name: str) -> int:
+        """The id of a special token. Raises ValueError for any other name."""
+        try:
+            return self.special_tokens[name]
+        except KeyError:
+            raise ValueError(f"no special token {name!r}: there are {', '.join(self.special_tokens)}") from None
+
+    def get_bos_token_id(self) -> int:
+        return self.special_tokens["<|bos|>"]
+
+    def token_bytes(self) -> torch.Tensor:
+        """
+        int32 [vocab]: how many bytes of UTF-8 each token stands for, 0 for special tokens, for bits per byte. Counted
+        on the token's own bytes, so that the sum over a text's tokens is its length (nanochat counts a token that is
+        part of a character as the three bytes of U+FFFD).
+        """
+        n = len(self._bytes) - len(self.special_tokens)
+        return torch.tensor([len(token) if i < n else 0 for i, token in enumerate(self._bytes)], dtype=torch.int32)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A short hash of all that decides how text is encoded."""
+        digest = hashlib.blake2b(repr((self.pattern, list(self.special_tokens))).encode(), digest_size=8)
+        for token in self._bytes:
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()
+
+    # --- text to ids and back
+
+    def encode(self, text: str | list[str], prepend: int | str | None = None, append: int | str | None = None,
+               num_threads: int = 2) -> list[int] | list[list[int]]:
+        """
+        Ids of a text, or a list of them for a list of texts (on `num_threads` threads). `prepend` and `append` add a
+        special token by name or id. Text that looks like a special token is ordinary text. Raises ValueError.
+        """
+        head, tail = ([] if token is None else [self._special_id(token)] for token in (prepend, append))
+        if isinstance(text, str):
+            return head + self.enc.encode_ordinary(text) + tail
+        if not isinstance(text, list) or not all(isinstance(t, str) for t in text):
+            raise ValueError(f"can only encode a string or a list of strings, not {type(text).__name__}")
+        return [head + ids + tail for ids in self.enc.encode_ordinary_batch(text, num_threads=num_threads)]
+
+    __call__ = encode
+
+    def _special_id(self, token: int | str) -> int:
+        if isinstance(token, str):
+            return self.encode_special(token)
+        if not 0 <= token < self.get_vocab_size():
+            raise ValueError(f"token id {token} is outside the vocabulary of {self.get_vocab_size()}")
+        return token
+
+    def id_to_bytes(self, id: int) -> bytes:
+        """The bytes of one token (a special token's are its name's). Raises ValueError outside the vocabulary."""
+        if not 0 <= id < len(self._bytes):
+            raise ValueError(f"token id {id} is outside the vocabulary of {self.get_vocab_size()}")
+        return self._bytes[id]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(map(self.id_to_bytes, ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens by their names; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    # --- conversations
+
+    def render_conversation(self, conversation: dict, max_tokens: int = 2048) -> tuple[list[int], list[int]]:
+        """
+        (ids, mask) of {"messages": [{"role": ..., "content": ...}, ...]}, cut to `max_tokens`. mask is 1 on what the
+        assistant is to learn: its text, its tool calls with their brackets, and <|assistant_end|>.
+        A first message of the system is put before the first user message. Then user and assistant alternate; an
+        assistant's content is a string or a list of parts {"type": "text" | "python" | "python_output", "text": ...}.
+        Raises ValueError that says which message is malformed.
+        """
+        ids, mask = [self.get_bos_token_id()], [0]
+        for role, parts in _turns(conversation):
+            # Who opens a turn is given, not learnt; how the assistant ends its own is learnt.
+            learn_end = int(role == "assistant")
+            pieces = [([self.special_tokens[f"<|{role}_start|>"]], 0)]
+            for kind, text in parts:
+                body = self.encode(text)
+                if kind == "python":
+                    body = [self.special_tokens["<|python_start|>"], *body, self.special_tokens["<|python_end|>"]]
+                elif kind == "python_output":
+                    body = [self.special_tokens["<|output_start|>"], *body, self.special_tokens["<|output_end|>"]]
+                pieces.append((body, int(role == "assistant" and kind != "python_output")))
+            pieces.append(([self.special_tokens[f"<|{role}_end|>"]], learn_end))
+            for body, learn in pieces:
+                ids += body
+                mask += [learn] * len(body)
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def render_for_completion(self, conversation: dict) -> list[int]:
+        """Ids of the conversation without its last message (the assistant's), ending in <|assistant_start|>."""
+        messages = _messages(conversation)
+        if messages[-1].get("role") != "assistant":
+            raise ValueError(f"message {len(messages) - 1} is the last and must be the assistant's, not of role "
+                             f"{messages[-1].get('role')!r}, for a completion")
+        ids, _ = self.render_conversation({"messages": messages[:-1]}, max_tokens=2**62)
+        return [*ids, self.special_tokens["<|assistant_start|>"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations, checked
+
+def _messages(conversation: dict) -> list[dict]:
+    messages = conversation.get("messages") if isinstance(conversation, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("a conversation is {'messages': [...]} with at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise ValueError(f"message {i} is not {{'role': ..., 'content': ...}}")
+    return messages
+
+
+def _turns(conversation: dict) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """(role, [(kind, text), ...]) of each message, the system's merged into the first user's. Raises ValueError."""
+    messages = _messages(conversation)
+    system = ""
+    first = int(messages[0]["role"] == "system")
+    if first:
+        if len(messages) < 2 or messages[1]["role"] != "user":
+            raise ValueError("message 0 is the system's, so message 1 must be the user's")
+        if not isinstance(messages[0]["content"], str):
+            raise ValueError("message 0: the content of a system message must be a string")
+        system = messages[0]["content"] + "\n\n"
+    for i, message in enumerate(messages[first:], first):
+        role, content = message["role"], message["content"]
+        expected = "user" if (i - first) % 2 == 0 else "assistant"
+        if role != expected:
+            raise ValueError(f"message {i} is of role {role!r}, but user and assistant alternate: {expected!r} is due")
+        if isinstance(content, str):
+            yield role, [("text", system + content if i == first else content)]
+            continue
+        if role == "user" or not isinstance(content, list):
+            due = "a user message must be a string" if role == "user" else \
+                "an assistant message must be a string or a list of parts"
+            raise ValueError(f"message {i}: the content of {due}, not {type(content).__name__}")
+        for j, part in enumerate(content):
+            if (not isinstance(part, dict) or part.get("type") not in ("text", "python", "python_output")
+                    or not isinstance(part.get("text"), str)):
+                raise ValueError(f"message {i}, part {j} is not {{'type': ..., 'text': ...}} of type text, python or "
+                                 "python_output")
+        yield role, [(part["type"], part["text"]) for part in content]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two files
+
+def _check_parts(tokens: Sequence[bytes], pattern: str, special_tokens: Sequence[str]) -> dict[bytes, int]:
+    """{token: rank}, or a ValueError that says what is wrong with the parts."""
+    if not isinstance(pattern, str) or not 0 < len(pattern) < 10_000:
+        raise ValueError(f"the tokenizer's split pattern is not a short string: {REMEDY}")
+    if not all(isinstance(token, bytes) and token for token in tokens):
+        raise ValueError(f"a token of the tokenizer is empty or not bytes: {REMEDY}")
+    ranks = {token: i for i, token in enumerate(tokens)}
+    if len(ranks) != len(tokens) or not all(bytes([b]) in ranks for b in range(256)):
+        raise ValueError(f"the tokenizer repeats a token or lacks a single byte: {REMEDY}")
+    if tuple(special_tokens) != SPECIAL_TOKENS:
+        raise ValueError("the tokenizer's special tokens are not nanochat's nine, "
+                         f"{', '.join(SPECIAL_TOKENS)}: {REMEDY}")
+    return ranks
+
+
+def _read_json(path: Path) -> tuple[list[bytes], str, list[str]]:
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(parts, dict) or parts.get("format") != FORMAT:
+            raise ValueError(f"its 'format' is not {FORMAT}")
+        tokens = [base64.b64decode(token, validate=True) for token in parts["tokens_base64"]]
+        if not isinstance(parts["special_tokens"], list):
+            raise ValueError("its special tokens are no list")
+        return tokens, parts["pattern"], parts["special_tokens"]
+    except (ValueError, KeyError, TypeError, RecursionError, binascii.Error) as e:
+        raise ValueError(f"{path} is not a tokenizer of this package ({e}): remove it and {REMEDY}") from e
+
+
+# What pickling a tiktoken Encoding (protocols 3 to 5; nanochat writes 4 or 5) consists of: Encoding.__new__ and a dict
+# of str, bytes and int as its state. No REDUCE, INST, OBJ or EXT: nothing on this list calls a function by its name.
+_PICKLE_OPCODES = frozenset("""PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL
+    EMPTY_TUPLE EMPTY_DICT SETITEM SETITEMS NEWOBJ BUILD SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT
+    BININT1 BININT2""".split())
+_PICKLE_MAX_BYTES = 256 * 2**20
+_NOT_OURS = ("refused: it is not a plain pickled tiktoken Encoding ({}), and unpickling it could run a program. If its "
+             "origin is trusted get it anew, else " + REMEDY)
+
+
+class _Parts:
+    """Stands for tiktoken.Encoding while unpickling: it keeps the state and does nothing with it."""
+    state = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) != ("tiktoken.core", "Encoding"):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return _Parts
+
+    def persistent_load(self, pid: object) -> object:
+        raise pickle.UnpicklingError("it has a persistent id")
+
+
+def read_pickle(path: str | os.PathLike) -> tuple[list[bytes], str, list[str]]:
+    """
+    (tokens, pattern, special tokens) of nanochat's tokenizer.pkl. The opcodes are looked through before anything is
+    executed, then a restricted unpickler builds inert parts, then their types and ids are checked.
+    Raises ValueError with the remedy for anything that is not a plain tiktoken Encoding; none of it has run then.
+    """
+    path = Path(path)
+    if path.stat().st_size > _PICKLE_MAX_BYTES:
+        raise ValueError(f"{path} " + _NOT_OURS.format(f"larger than {_PICKLE_MAX_BYTES >> 20} MB"))
+    data = path.read_bytes()
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if opcode.name not in _PICKLE_OPCODES:
+                raise ValueError(f"it uses {opcode.name}")
+            if opcode.name in ("BINPUT", "LONG_BINPUT") and argument > count:
+                raise ValueError("a memo index that would allocate memory")  # the C unpickler sizes a table by it
+        parts = _RestrictedUnpickler(io.BytesIO(data)).load()
+        return _check_state(parts.state if type(parts) is _Parts else None)
+    except Exception as e:  # a hostile file may raise anything
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise ValueError(f"{path} " + _NOT_OURS.format(reason)) from e
+
+
+def _check_state(state: object) -> tuple[list[bytes], str, list[str]]:
+    """The parts in order of their ids, from Encoding.__getstate__'s dict."""
+    if type(state) is not dict or set(state) != {"name", "pat_str", "mergeable_ranks", "special_tokens"}:
+        raise ValueError("its state is not that of an encoding with its own vocabulary")
+    ranks, special = state["mergeable_ranks"], state["special_tokens"]
+    for table, kind in ((ranks, bytes), (special, str)):
+        if type(table) is not dict or not all(type(k) is kind and type(v) is int for k, v in table.items()):
+            raise ValueError("a vocabulary of it is not a table of tokens and ids")
+    if type(state["name"]) is not str or type(state["pat_str"]) is not str:
+        raise ValueError("its name or pattern is not a string")
+    ids = [*sorted(ranks.values()), *sorted(special.values())]
+    if ids != list(range(len(ids))):
+        raise ValueError("its ids are not 0, 1, 2, ... with the special tokens last")
+    return sorted(ranks, key=ranks.get), state["pat_str"], sorted(special, key=special.get)

@@ -1,0 +1,121 @@
+r"""
+Trains a hybrid so that all its widths work: stage 1 trains what surgery added and keeps the base as it was;
+--unfreeze then trains everything at a lower learning rate.
+
+    python -m scripts.fractal_train --checkpoint \
+        $NANOCHAT_BASE_DIR/hybrid_checkpoints/d4_256 --stage 1 --matryoshka --sample-dim
+    python -m scripts.fractal_train --checkpoint \
+        $NANOCHAT_BASE_DIR/fractal_checkpoints/d4_256 --unfreeze --matryoshka --sample-dim
+
+Each step runs a full pass (teacher, cross-entropy) and, with --matryoshka, narrow passes (students) that learn the
+teacher's distribution. The result is fractal_checkpoints/<tag>_<width>[_unfrozen]/{model.pt,config.json,tokenizer/} under
+NANOCHAT_BASE_DIR, beside the step checkpoints that an interrupted run resumes from.
+"""
+import argparse
+
+import torch
+
+from nanochat import checkpoint_manager as ckpt
+from nanochat.common import cli, get_base_dir, print0
+from nanochat.dataloader import DataLoader
+from nanochat.dataset import prepare
+from nanochat.loss_eval import evaluate_bpb, matryoshka_backward
+from nanochat.matryoshka import sample_levels
+from nanochat.optim import setup_optimizers
+from nanochat.tokenizer import Tokenizer
+from nanochat.training import Run, add_training_args, derive_batch
+
+
+def freeze_base(model) -> None:
+    """Stage 1's rule, what is new is trained and what is old is frozen: only what surgery added keeps its gradient."""
+    for name, p in model.named_parameters():
+        block = model.transformer.h[int(name.split(".")[2])] if name.startswith("transformer.h.") else None
+        p.requires_grad_(name.startswith("value_embeds.") or ".ve_gate." in name
+                         or (block is not None and block.kind == "mamba"))
+
+
+@cli
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Train a hybrid at sampled widths, stage by stage.")
+    p.add_argument("--checkpoint", required=True, help="the hybrid: an export's folder or the model.pt in it")
+    p.add_argument("--stage", type=int, choices=[1], default=1,
+                   help="1: train the Mamba blocks, value embeddings and gates, the base frozen (default: 1)")
+    p.add_argument("--unfreeze", action="store_true", help="train everything instead, at --lr-scale times the rates")
+    p.add_argument("--lr-scale", type=float, default=None,
+                   help="multiplies every learning rate (default: 1; 0.3 with --unfreeze)")
+    p.add_argument("--matryoshka", action="store_true", help="also train narrow widths, by distillation from the full pass")
+    p.add_argument("--sample-dim", action="store_true",
+                   help="sample one width per block and step, instead of a pass at every level in every step")
+    p.add_argument("--tag", default=None, help="name of the family (default: the checkpoint's)")
+    add_training_args(p)
+    args = p.parse_args(argv)
+    if args.sample_dim and not args.matryoshka:
+        raise ValueError("--sample-dim has no effect without --matryoshka: add it, or drop --sample-dim")
+    if args.lr_scale is None:
+        args.lr_scale = 0.3 if args.unfreeze else 1.0
+
+    model, tokenizer_dir, info = ckpt.load_any(args.checkpoint)
+    if ckpt.model_kind(model.config) != "hybrid":
+        raise ValueError(f"{args.checkpoint} holds a base GPT: make a hybrid of it with "
+                         "`python -m scripts.surgery --src ...`")
+    tokenizer = Tokenizer.from_directory(tokenizer_dir)
+    config, T = model.config, model.config.sequence_len
+    device, dtype, passes = derive_batch(args, T)
+    model.to(device).compute_dtype = dtype
+    args.tag = args.tag or info.get("tag", f"d{config.n_layer}")
+    folder = get_base_dir() / "fractal_checkpoints" / f"{args.tag}_{config.n_embd}{'_unfrozen' if args.unfreeze else ''}"
+    if not args.unfreeze:
+        freeze_base(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counts = model.num_params()
+    print0("parameters " + ", ".join(f"{k} {v:,}" for k, v in counts.items()) + f"; trained {trained:,}")
+    if args.num_iterations < 0:
+        args.num_iterations = max(1, round(20 * trained / args.total_batch_size))
+    print0(f"steps {args.num_iterations:,}; levels {', '.join(map(str, config.levels))}")
+    data = prepare(args.data)
+
+    source = {"provenance": info.get("provenance"), "dtype": str(dtype)}
+    run = Run(folder, args, source)
+    if run.meta is not None:
+        path = folder / f"model_{run.start:06d}.pt"
+        ckpt.load_state(model, ckpt.load_torch(path), path)
+    token_bytes = tokenizer.token_bytes()
+    eval_steps = max(1, args.eval_tokens // (args.device_batch_size * T))
+    names = [m for m in config.modes if m != "god"] if args.matryoshka else ["think"]
+
+    def evaluate():
+        out = {}
+        for mode in names:
+            val = DataLoader(tokenizer, data, "val", args.device_batch_size, T, device=device)
+            out[mode] = evaluate_bpb(model, val, eval_steps, token_bytes, widths=mode)
+        print0("  " + ", ".join(f"{k} {v:.4f}" for k, v in out.items()))
+        return {"bpb": out["think"], **out}
+
+    narrow = [d for d in config.levels if d < config.n_embd]
+
+    def backward(step, x, y, scale):
+        students = []
+        if args.matryoshka and args.sample_dim:
+            # the generator depends on the seed and step alone: ranks agree, and so does a resumed run
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            students = [sample_levels(config.levels, len(model.transformer.h), generator)]
+        elif args.matryoshka:
+            students = narrow
+        return matryoshka_backward(model, x, y, students, scale)
+
+    full = sum(c.total for c in model.cost(context=T / 2).values())
+    if not run.finished:
+        rates = [lr * args.lr_scale for lr in (args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)]
+        figures = run.train(model, setup_optimizers(model, *rates), tokenizer, data, backward, evaluate, passes, T, 3 * full)
+    else:
+        figures = run.meta["figures"]
+        print0(f"{folder} is trained already ({run.start} steps); --fresh starts over")
+    ckpt.save_export(folder, model, tokenizer_dir, {
+        "tag": args.tag, "provenance": {"trained": "unfrozen" if args.unfreeze else f"stage {args.stage}",
+                                        "steps": args.num_iterations, "from": info.get("provenance")}, "figures": figures})
+    print0(f"wrote {folder}: {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte at full width")
+    return figures
+
+
+if __name__ == "__main__":
+    main()

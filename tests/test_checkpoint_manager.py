@@ -1,0 +1,153 @@
+"""Checkpoints: whole or not at all, named faults, hostile files, and a full disk."""
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from nanochat import checkpoint_manager as ckpt
+from nanochat.common import atomic_write
+from nanochat.optim import setup_optimizers
+
+
+def test_step_roundtrip_with_nanochats_names(base, tokens, tmp_path):
+    opts = setup_optimizers(base)
+    loss, _ = base(tokens, tokens)
+    loss.backward()
+    for o in opts:
+        o.step()
+    ckpt.save_step(tmp_path, 650, base, opts, {"val_bpb": 1.5})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta_000650.json", "model_000650.pt", "optim_000650.pt"]
+    model, meta = ckpt.load_step(tmp_path, ckpt.last_step(tmp_path))
+    assert meta["val_bpb"] == 1.5 and model.config == base.config
+    assert all(torch.equal(p, model.get_parameter(n)) for n, p in base.named_parameters())
+    fresh = setup_optimizers(model)
+    ckpt.load_optimizers(tmp_path, 650, fresh)
+    for a, b in zip(opts, fresh):
+        sa, sb = a.state_dict()["state"], b.state_dict()["state"]
+        assert sa.keys() == sb.keys() and all(torch.equal(sa[i][k], sb[i][k]) for i in sa for k in sa[i])
+
+
+def test_a_nanochat_file_loads(base, tmp_path):
+    """nanochat's own: a compile prefix, a bf16 embedding, and a meta file without our 'kind'."""
+    state = {"_orig_mod." + k: v for k, v in base.state_dict().items()}
+    state["_orig_mod.transformer.wte.weight"] = state["_orig_mod.transformer.wte.weight"].bfloat16()
+    torch.save(state, tmp_path / "model_000001.pt")
+    ckpt.save_json({"model_config": ckpt.config_to_dict(base.config), "step": 1}, tmp_path / "meta_000001.json")
+    model, _ = ckpt.load_step(tmp_path, 1)
+    assert model.transformer.wte.weight.dtype == torch.float32
+    assert torch.equal(model.lm_head.weight, base.lm_head.weight)
+
+
+def test_only_the_newest_are_kept_and_half_a_checkpoint_is_none(base, tmp_path):
+    for step in (1, 2, 3):
+        ckpt.save_step(tmp_path, step, base, [], {}, keep=2)
+    assert ckpt.list_steps(tmp_path) == [2, 3]
+    (tmp_path / "meta_000003.json").unlink()  # as if killed before the last file was written
+    assert ckpt.last_step(tmp_path) == 2
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*train one first"):
+        ckpt.last_step(tmp_path / "nowhere")
+
+
+def test_export_roundtrip(hybrid, tokens, tmp_path):
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
+    ckpt.save_export(tmp_path / "out", hybrid, tmp_path / "tok", {"tag": "t"})
+    for path in (tmp_path / "out", tmp_path / "out" / "model.pt"):
+        model, info = ckpt.load_export(path)
+        assert info["tag"] == "t" and torch.equal(model(tokens), hybrid(tokens))
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_text() == "{}"
+    state = torch.load(tmp_path / "out" / "model.pt", weights_only=True, mmap=True)
+    assert state.keys() == hybrid.state_dict().keys()
+
+
+def test_faulty_keys_are_named_and_nothing_is_loaded(base):
+    state = dict(base.state_dict())
+    state["transformer.h.0.attn.c_q.weight"] = torch.zeros(3, 3)
+    state["smear.weight"] = state.pop("lm_head.weight")
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    with pytest.raises(ValueError, match=r"x\.pt does not fit.*missing lm_head.weight; unexpected smear.weight; of another "
+                                         r"shape transformer.h.0.attn.c_q.weight \(3, 3\) instead of \(64, 64\)"):
+        ckpt.load_state(base, state, "x.pt")
+    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
+    with pytest.raises(ValueError, match="no state dict"):
+        ckpt.load_state(base, [1, 2], "x.pt")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 5000, -100])
+def test_a_truncated_file_is_one_clear_error(base, tmp_path, keep):
+    ckpt.save_torch(base.state_dict(), tmp_path / "model.pt")
+    data = (tmp_path / "model.pt").read_bytes()
+    (tmp_path / "model.pt").write_bytes(data[:keep])
+    with pytest.raises(ValueError, match=r"model.pt is (truncated or no checkpoint|refused).*"):
+        ckpt.load_torch(tmp_path / "model.pt")
+
+
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+    torch.save({"a": Evil()}, tmp_path / "model.pt")
+    (tmp_path / "old.pt").write_bytes(pickle.dumps(Evil()))
+    for name in ("model.pt", "old.pt"):
+        with pytest.raises(ValueError, match="refused.*trust|no checkpoint"):
+            ckpt.load_torch(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_bad_configs_are_named(hybrid_config):
+    good = ckpt.config_to_dict(hybrid_config)
+    assert ckpt.config_from_dict("hybrid", good) == hybrid_config
+    for fields, words in (({**good, "window_pattern": 1}, "does not support: window_pattern"),
+                          ({k: v for k, v in good.items() if k != "n_head"}, "lacks n_head"),
+                          ({**good, "n_head": "4"}, "n_head in the checkpoint's config is '4'"),
+                          ({**good, "n_head": 7}, "no multiple of the 7 heads")):
+        with pytest.raises(ValueError, match=words):
+            ckpt.config_from_dict("hybrid", fields)
+    with pytest.raises(ValueError, match="unknown model kind 'rnn'"):
+        ckpt.config_from_dict("rnn", good)
+
+
+def test_json_faults_are_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match="no valid JSON"):
+        ckpt.load_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="no JSON object"):
+        ckpt.load_json(tmp_path / "config.json")
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        ckpt.load_export(tmp_path / "none")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="boom"), atomic_write(path) as f:
+        f.write(b"new")
+        raise RuntimeError("boom")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(base, tmp_path):
+    """A limit on file size stands in for the full disk: the kernel refuses the write in the same way, with an errno."""
+    ckpt.save_step(tmp_path, 1, base, [], {})
+    program = textwrap.dedent(f"""
+        import resource, signal, sys
+        from nanochat import checkpoint_manager as ckpt
+        from nanochat.common import cli
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        model, _ = ckpt.load_step({str(tmp_path)!r}, 1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        cli(lambda: ckpt.save_step({str(tmp_path)!r}, 2, model, [], {{}}))()
+    """)
+    size = (tmp_path / "model_000001.pt").stat().st_size
+    assert size > 100_000 and resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "no room left to write" in done.stderr and "free some disk space" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["meta_000001.json", "model_000001.pt", "optim_000001.pt"]
+    ckpt.load_step(tmp_path, 1)

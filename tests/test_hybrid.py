@@ -1,0 +1,103 @@
+"""The hybrid: sizes, exact insertion, cached decode, slices, and its configuration's errors."""
+import pytest
+import torch
+
+from nanochat.cache import MatryoshkaKVCache
+from nanochat.checkpoint_manager import build_model
+from nanochat.gpt import GPTConfig
+from nanochat.hybrid_gpt import HybridConfig, HybridGPT
+from nanochat.surgery import insert, probe
+
+
+def test_stage_1_of_d32_has_the_documented_sizes():
+    config = HybridConfig.from_base(GPTConfig())
+    assert (config.d_inner // config.mamba_group_width, config.mamba_headdim, config.mamba_d_state) == (8, 64, 128)
+    with torch.device("meta"):
+        counts = HybridGPT(config).num_params()
+    assert {k: round(v / 1e9, 3) for k, v in counts.items()} == {
+        "base": 1.879, "mamba": 2.424, "value_embeds": 2.147, "total": 6.450}
+
+
+@torch.no_grad()
+def test_insertion_keeps_the_function(base, tokens):
+    hybrid = insert(base, seed=1)
+    assert (hybrid(tokens) - base(tokens)).abs().max() <= 1e-5
+    assert probe(base, hybrid)["max_delta_logit"] <= 1e-5
+    for name, p in base.named_parameters():
+        parts = name.split(".")
+        if parts[1] == "h":
+            parts[2] = str(2 * int(parts[2]))
+        assert torch.equal(p, hybrid.get_parameter(".".join(parts)))
+
+
+def test_insertion_in_double_is_exact(base, tokens):
+    hybrid = insert(base, seed=1).double()
+    base = base.double()
+    base.compute_dtype = hybrid.compute_dtype = torch.float64
+    # the mixer's scan and the norm's constants stay fp32; behind a zero out_proj they cannot matter
+    assert (hybrid(tokens) - base(tokens)).abs().max() <= 1e-12
+
+
+def test_all_that_insertion_added_learns_from_the_start(base, tokens):
+    """Zero writers get gradient at once, what is behind them after the writers have moved: dead weights would never."""
+    hybrid = insert(base, seed=1)
+    opt, seen = torch.optim.SGD(hybrid.parameters(), lr=0.5), {}
+    for _ in range(3):
+        loss, _ = hybrid(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        for n, p in hybrid.named_parameters():
+            seen[n] = seen.get(n, 0) + p.grad.abs().sum().item()
+        opt.step()
+        opt.zero_grad()
+    assert min(seen.values()) > 0, min(seen, key=seen.get)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["ghost", "normal", "think", [16, 64, 32, 32, 64, 16]])
+def test_cached_decode_equals_the_parallel_form(hybrid, tokens, mode):
+    want = hybrid(tokens, widths=mode)
+    cache = MatryoshkaKVCache(hybrid, 2, tokens.size(1))
+    chunks = [tokens[:, :20], *tokens[:, 20:30].split(1, 1), tokens[:, 30:33], tokens[:, 33:]]
+    got = torch.cat([hybrid(c, widths=mode, cache=cache) for c in chunks], 1)
+    assert want.std() > 0.3 and (got - want).abs().max() <= 1e-4
+    assert cache.pos == tokens.size(1)
+
+
+@torch.no_grad()
+def test_widths_differ_and_full_width_is_the_default(hybrid, tokens):
+    full = hybrid(tokens)
+    assert torch.equal(full, hybrid(tokens, widths="god"))
+    assert (full - hybrid(tokens, widths="normal")).abs().max() > 0.1
+
+
+def test_the_mixer_is_never_sliced(hybrid, tokens):
+    loss, _ = hybrid(tokens, tokens, widths="ghost")
+    loss.backward()
+    for block in hybrid.transformer.h:
+        if block.kind == "mamba":
+            assert (block.mamba.in_proj.weight.grad != 0).float().mean() > 0.99
+            assert not block.mlp.c_fc.weight.grad[4 * 16:].any()
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"mamba_group_width": 100}, "no multiple of the group width 100"),
+    ({"mamba_group_width": 96, "mamba_headdim": 64}, "no multiple of its head dim 64"),
+    ({"d_ref": 128}, "d_ref 128 must be"),
+    ({"d_ref": 40}, "whole number of heads"),
+])
+def test_sizes_that_do_not_divide_are_refused(hybrid_config, change, words):
+    with pytest.raises(ValueError, match=words):
+        HybridConfig(**{**hybrid_config.__dict__, **change})
+
+
+@pytest.mark.parametrize("width", [64, 128, 192, 256, 512, 768, 1280, 2048])
+def test_any_depths_width_makes_a_hybrid(width):
+    config = HybridConfig.from_base(GPTConfig(512, 300, 2, width // 32, width // 32, width))
+    assert config.d_inner % config.mamba_group_width == 0
+    with torch.device("meta"):
+        HybridGPT(config)
+
+
+def test_model_builds_on_meta_and_materialises(hybrid_config):
+    model = build_model(hybrid_config)
+    assert model.device.type == "cpu" and not any(p.is_meta for p in [*model.parameters(), *model.buffers()])

@@ -1,0 +1,91 @@
+"""The chunked head loss against the plain formula, its gradients, bits per byte, and the step of teacher and students."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.loss_eval import CHUNK, evaluate_bpb, head_logits, head_loss, matryoshka_backward
+
+CAP = 15.0
+
+
+def problem(dtype=torch.float64, n=CHUNK + 37):
+    g = torch.Generator().manual_seed(0)
+    h = (torch.randn(1, n, 12, generator=g) * 3).to(dtype).requires_grad_()
+    w = torch.randn(50, 12, generator=g).to(dtype).requires_grad_()
+    y = torch.randint(50, (1, n), generator=g)
+    y[0, ::7] = -1
+    return h, w, y, torch.randn(1, n, 12, generator=g).to(dtype)
+
+
+def test_cross_entropy_and_gradients_equal_the_plain_ones():
+    h, w, y, _ = problem()
+    logits = CAP * torch.tanh(h @ w.T / CAP)
+    want = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
+    got = head_loss(h, w, y, CAP)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(3 * got, (h, w)), torch.autograd.grad(3 * want, (h, w))):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(head_logits(h, w, CAP), logits)
+    each = head_loss(h, w, y, CAP, reduction="none")
+    torch.testing.assert_close(each, F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none"))
+
+
+def test_distillation_and_gradients_equal_the_plain_ones():
+    h, w, y, teacher = problem()
+    log_p = torch.log_softmax(head_logits(h, w, CAP), -1)
+    log_q = torch.log_softmax(head_logits(teacher, w.detach(), CAP), -1)
+    each = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)[y >= 0]
+    want, got = each.mean(), head_loss(h, w, y, CAP, teacher)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(got, (h, w)), torch.autograd.grad(want, (h, w))):
+        torch.testing.assert_close(a, b)
+    assert head_loss(teacher, w, y, CAP, teacher).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_bf16_is_near_fp64():
+    h, w, y, _ = problem()
+    want = torch.autograd.grad(head_loss(h, w, y, CAP), (h, w))
+    hb, wf = h.detach().bfloat16().requires_grad_(), w.detach().float().requires_grad_()
+    for a, b in zip(torch.autograd.grad(head_loss(hb, wf, y, CAP), (hb, wf)), want):
+        assert (a.double() - b).norm() < 0.03 * b.norm()
+
+
+def test_a_frozen_head_gets_no_gradient_and_no_grad_makes_none():
+    h, w, y, _ = problem()
+    loss = head_loss(h, w.detach(), y, CAP)
+    assert torch.autograd.grad(loss, h)[0].abs().sum() > 0
+    with torch.no_grad():
+        assert not head_loss(h, w, y, CAP).requires_grad
+
+
+def test_nothing_supervised_is_zero_not_nan():
+    h, w, y, _ = problem()
+    assert head_loss(h, w, torch.full_like(y, -1), CAP) == 0
+
+
+def test_bits_per_byte_counts_bytes_not_tokens(base, tokens):
+    sizes = torch.arange(300) % 4  # every fourth token has no bytes, as specials
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    losses = F.cross_entropy(base(x).flatten(0, 1), y.flatten(), reduction="none")
+    has = sizes[y.flatten()]
+    want = (losses * (has > 0)).sum().item() / math.log(2) / int(has.sum())
+    assert evaluate_bpb(base, [(x, y)] * 3, 2, sizes) == pytest.approx(want, rel=1e-5)
+
+
+def test_step_is_teacher_plus_mean_of_students(hybrid, tokens):
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    widths = [16, 32]
+    out = matryoshka_backward(hybrid, x, y, widths, 0.5)
+    got = {n: p.grad.clone() for n, p in hybrid.named_parameters()}
+    hybrid.zero_grad()
+    teacher = F.cross_entropy(hybrid(x).flatten(0, 1), y.flatten())
+    q = torch.log_softmax(hybrid(x).detach(), -1)
+    kls = [F.kl_div(torch.log_softmax(hybrid(x, widths=d), -1), q, log_target=True, reduction="none").sum(-1).mean()
+           for d in widths]
+    (0.5 * (teacher + sum(kls) / 2)).backward()
+    assert float(out["loss"]) == pytest.approx(teacher.item(), rel=1e-5)
+    assert float(out["kl"]) == pytest.approx(sum(kls).item() / 2, rel=1e-4)
+    for n, p in hybrid.named_parameters():
+        torch.testing.assert_close(got[n], p.grad, atol=2e-6, rtol=2e-3)
