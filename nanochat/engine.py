@@ -76,12 +76,12 @@ class Engine:
         generator = torch.Generator(device=self.model.device).manual_seed(seed)
         idx = torch.tensor([prompt], device=self.model.device)
         for i in range(max_tokens):
-            h = self.model.hidden(idx, widths, cache)[:, -1:]  # only the last position needs the head
+            h = self.model.hidden(idx, widths, cache=cache)[:, -1:]  # only the last position needs the head
             token = int(sample(self.model.logits(h)[:, 0], temperature, top_k, top_p, generator))
             if token in stop:
                 return
             yield token
-            if cache.pos == cache.length or i + 1 == max_tokens:
+            if cache.pos[0] == cache.length or i + 1 == max_tokens:
                 return
             idx = torch.tensor([[token]], device=self.model.device)
 

@@ -117,33 +117,58 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.transformer.wte.weight.device
 
-    def resolve_widths(self, widths) -> list[int]:
-        """None (full), a mode name, a width, or one of these per block -> a width per block. ValueError if not allowed."""
+    def resolve_widths(self, widths) -> list[int | torch.Tensor]:
+        """
+        None (full), a mode name, a width, one of these per block, or an int64 tensor on the CPU of levels per row and
+        block (B, n_block) or per token and block (B, T, n_block) -> per block a width, or (B, T or 1) where rows differ.
+        ValueError if a level is not allowed.
+        """
         modes, levels, n = self.config.modes, self.config.levels, len(self.transformer.h)
         if widths is None:
             return [self.config.n_embd] * n
         if isinstance(widths, (str, int)):
             return [resolve_level(widths, modes, levels)] * n
+        if isinstance(widths, torch.Tensor):
+            if widths.dim() not in (2, 3) or widths.size(-1) != n:
+                raise ValueError(f"widths of shape {tuple(widths.shape)} do not fit: give (rows, {n}) or (rows, tokens, {n})")
+            for level in widths.unique().tolist():
+                resolve_level(level, modes, levels)
+            each = (widths if widths.dim() == 3 else widths[:, None]).unbind(-1)
+            return [int(w.flatten()[0]) if bool((w == w.flatten()[0]).all()) else w for w in each]
         if len(widths) != n:
             raise ValueError(f"{len(widths)} widths were given for {n} blocks")
         return [resolve_level(w, modes, levels) for w in widths]
 
-    def hidden(self, idx: torch.Tensor, widths=None, cache=None) -> torch.Tensor:
+    def hidden(self, idx: torch.Tensor, widths=None, exits=None, cache=None, lengths=None) -> torch.Tensor:
         """
         idx (B, T) int64 -> the normed final hidden states (B, T, D). widths: see `resolve_widths`.
-        cache: continue from it, and advance it by T tokens; without one, a sequence starts at position 0.
+        exits: (B, T) int64 on the CPU, how many blocks update each token; the blocks behind only write its memory
+        (keys, values, Mamba state), as decoding does (DESIGN 6). None: all blocks.
+        cache: continue from it, and advance it by T tokens, or by lengths[r] in row r, whose other tokens are padding;
+        without one, a sequence starts at position 0.
         """
-        c = self.config
-        start = cache.pos if cache is not None else 0
-        if start + idx.size(1) > c.sequence_len:
-            raise ValueError(f"{start + idx.size(1)} tokens do not fit the model's context of {c.sequence_len}: "
-                             "give a shorter prompt or ask for fewer tokens")
-        rope = rope_tables(torch.arange(start, start + idx.size(1), device=idx.device), c.head_dim, c.rope_base)
-        x = norm(self.embed(self.transformer.wte, idx), c.d_ref, c.norm_eps)
-        for i, (block, d) in enumerate(zip(self.transformer.h, self.resolve_widths(widths))):
-            x = block(x, d, rope, self.value(i, idx), cache[i] if cache is not None else None)
+        c, (B, T) = self.config, idx.shape
         if cache is not None:
-            cache.advance(idx.size(1))
+            positions = cache.begin(T, lengths)
+        elif T > c.sequence_len:
+            raise ValueError(f"{T} tokens do not fit the model's context of {c.sequence_len}: give a shorter text")
+        else:
+            positions = torch.arange(T, device=idx.device)
+        rope = rope_tables(positions, c.head_dim, c.rope_base)
+        if exits is not None and (exits.shape != idx.shape or exits.min() < 1):
+            raise ValueError(f"exits must be (rows, tokens) = ({B}, {T}) and at least 1")
+        deepest = len(self.transformer.h) if exits is None else int(exits.max())
+        x = norm(self.embed(self.transformer.wte, idx), c.d_ref, c.norm_eps)
+        for i, (block, level) in enumerate(zip(self.transformer.h, self.resolve_widths(widths))):
+            if i >= deepest and cache is None:
+                break  # nobody is left to be updated, and there is no memory to write
+            active = None
+            if exits is not None:
+                active = False if i >= deepest else (exits > i).to(idx.device)
+            level = level if isinstance(level, int) else level.expand(B, T)
+            x = block(x, level, rope, self.value(i, idx), cache[i] if cache is not None else None, active)
+        if cache is not None:
+            cache.advance()
         return norm(x, c.d_ref, c.norm_eps)
 
     def embed(self, table: nn.Embedding, idx: torch.Tensor) -> torch.Tensor:
@@ -153,13 +178,14 @@ class GPT(nn.Module):
         """Value embeddings of the tokens for block i, (B, T, kv width), or None: the base has none."""
         return None
 
-    def forward(self, idx, targets=None, widths=None, cache=None, teacher=None, reduction="mean"):
+    def forward(self, idx, targets=None, widths=None, exits=None, cache=None, lengths=None, teacher=None, reduction="mean"):
         """
-        idx (B, T) int64. Without targets: logits (B, T, vocab) fp32. With targets (B, T) int64 (-1 = not supervised):
+        idx (B, T) int64; widths, exits, cache, lengths: see `hidden`.
+        Without targets: logits (B, T, vocab) fp32. With targets (B, T) int64 (-1 = not supervised):
         cross-entropy in nats, the mean or ("none") per token (B*T,), and the hidden states (B, T, D) detached.
         With `teacher` (B, T, D) hidden states too: KL(teacher || this pass), likewise.
         """
-        h = self.hidden(idx, widths, cache)
+        h = self.hidden(idx, widths, exits, cache, lengths)
         if targets is None:
             assert teacher is None, "distillation needs targets: they say which positions are supervised"
             return self.logits(h)

@@ -60,7 +60,7 @@ class HybridConfig(GPTConfig):
 
 
 class MambaBlock(nn.Module):
-    """One residual unit: a Mamba-2 mixer at full width, then an MLP at width d."""
+    """One residual unit: a Mamba-2 mixer at full width, then an MLP at a level; see AttentionBlock for the arguments."""
     kind = "mamba"
 
     def __init__(self, config: HybridConfig):
@@ -71,10 +71,14 @@ class MambaBlock(nn.Module):
                             ngroups=config.d_inner // config.mamba_group_width)
         self.mlp = MLP(config)
 
-    def forward(self, x, d, rope, value=None, cache=None):
-        """x (B, T, D) -> (B, T, D). rope and value are for attention blocks; cache is this block's MambaState."""
-        x = x + self.mamba(norm(x, self.d_ref, self.eps), cache)
-        return add_prefix(x, self.mlp(x, d))
+    def forward(self, x, level, rope, value=None, cache=None, active=None):
+        """x (B, T, D) -> (B, T, D). rope and value are for attention blocks; cache is this block's MambaView."""
+        u = norm(x, self.d_ref, self.eps)
+        y = self.mamba(u) if cache is None else cache.run(self.mamba, u, write_only=active is False)
+        if active is False:
+            return x
+        x = add_prefix(x, y, active)
+        return add_prefix(x, self.mlp(x, level), active)
 
 
 class HybridGPT(GPT):

@@ -1,64 +1,116 @@
 """
-The Mamba-2 mixer: in_proj -> causal conv + silu -> state space scan -> gated norm -> out_proj.
+The Mamba-2 mixer (Dao & Gu 2024, arXiv 2405.21060, section 7): in_proj -> causal conv + silu -> state space scan ->
+gated norm -> out_proj, with the parameter names, shapes, segment order and initialisation of `mamba_ssm.Mamba2`.
+
+One call serves any chunk of T >= 1 tokens: without a state it is the parallel form used in training; with a MambaState
+it continues from that state and advances it in place, be it prefill, one decoded token, a catch-up or a verification.
+What runs between the projections is in mamba_kernels.py: a chunked PyTorch form for every device, and the kernels of
+mamba-ssm and causal-conv1d where they work. Documents packed into one row share the state, as they share attention;
+a per-document reset would be one more argument of forward (the kernels' seq_idx), and is not built.
 """
+import functools
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat import mamba_kernels as kernels
+from nanochat.common import print0
+from nanochat.mamba_kernels import NORM_EPS, ssd  # noqa: F401  (ssd is part of this module's interface)
+
+# Stay fp32 when a model is cast to bf16: the recurrence is sensitive to them, and they are small.
 FP32_PARAMS = ("A_log", "dt_bias", "D", "norm.weight", "conv1d.weight", "conv1d.bias")
-
-
-def ssd(x, dt, A, B, C, D, chunk_size, initial_state=None):
-    b, T, H, P = x.shape
-    G, N = B.shape[2:]
-    R = H // G
-    acc = torch.promote_types(x.dtype, torch.float32)
-    S = x.new_zeros(b, H, P, N, dtype=acc) if initial_state is None else initial_state.to(acc)
-    S = S.reshape(b * G, R * P, N)
-    ys = []
-    dtf = dt.to(acc)
-    for xc, dtc, Bc, Cc in zip(*(t.split(chunk_size, dim=1) for t in (x, dtf, B, C))):
-        Q = xc.size(1)
-        a = (dtc * A.to(acc)).transpose(1, 2)                              # (b,H,Q)
-        cum = a.cumsum(-1)
-        Bg = Bc.transpose(1, 2).reshape(b * G, Q, N)
-        Cg = Cc.transpose(1, 2).reshape(b * G, Q, N)
-        scores = torch.tril(Cg @ Bg.mT).view(b, G, 1, Q, Q)
-        L = (cum.unsqueeze(-1) - cum.unsqueeze(-2)).clamp(max=0).exp() * dtc.transpose(1, 2).unsqueeze(-2)
-        M = (scores * L.view(b, G, R, Q, Q)).to(x.dtype).view(b, H, Q, Q)
-        y = (M @ xc.transpose(1, 2)).transpose(1, 2)                       # (b,Q,H,P)
-        off = (Cg @ S.to(x.dtype).mT).view(b, G, Q, R, P).transpose(1, 2).reshape(b, Q, H, P)
-        y = y + off * cum.exp().transpose(1, 2).unsqueeze(-1) + xc * D.to(acc).unsqueeze(-1)
-        ys.append(y.to(x.dtype))
-        w = (cum[..., -1:] - cum).exp() * dtc.transpose(1, 2)              # (b,H,Q)
-        xw = (xc * w.transpose(1, 2).unsqueeze(-1)).to(x.dtype)
-        xw = xw.view(b, Q, G, R * P).transpose(1, 2).reshape(b * G, Q, R * P)
-        S = (S.view(b, H, P, N) * cum[..., -1].exp()[..., None, None]).view(b * G, R * P, N) + (xw.mT @ Bg).to(acc)
-    return torch.cat(ys, 1), S.view(b, H, P, N)
+WINDOW = 16  # how many tokens a state can be rolled back by default
 
 
 class MambaState:
-    def __init__(self, conv_state, ssm_state):
-        self.conv_state, self.ssm_state = conv_state, ssm_state
+    """
+    The memory of one mixer: conv_state (B, conv_dim, d_conv) in the activations' dtype, the last d_conv inputs of the
+    conv, newest last; ssm_state (B, nheads, headdim, d_state) fp32. Made by Mamba2.new_state, advanced by its forward.
 
-    def clone(self):
+    Rollback: `checkpoint()` remembers both states; from then on each forward also records its in_proj outputs (xBC and
+    dt), so that `Mamba2.rollback(state, keep)` can restore the checkpoint and replay the first `keep` tokens without
+    in_proj. At most `window` tokens per row may follow a checkpoint; `drop_checkpoint()` ends the recording.
+    Copies and selections carry the two states only, never a checkpoint.
+    """
+
+    def __init__(self, conv_state: torch.Tensor, ssm_state: torch.Tensor):
+        self.conv_state, self.ssm_state = conv_state, ssm_state
+        self._saved = None      # the states at the checkpoint
+        self._window = 0
+        self._record = None     # list of (xBC (B,T,conv_dim), dt (B,T,nheads), lengths or None) since the checkpoint
+        self._scratch = {}      # decode's buffers
+
+    @property
+    def batch(self) -> int:
+        return self.ssm_state.size(0)
+
+    def clone(self) -> "MambaState":
         return MambaState(self.conv_state.clone(), self.ssm_state.clone())
 
-    def copy_(self, other):
-        self.conv_state.copy_(other.conv_state)
-        self.ssm_state.copy_(other.ssm_state)
-        return self
+    def __getitem__(self, rows) -> "MambaState":
+        """The rows of a slice as a view that shares memory; of an index tensor, list or mask as a copy."""
+        if isinstance(rows, int):
+            raise ValueError(f"a state keeps its batch dimension: write state[{rows}:{rows} + 1], not state[{rows}]")
+        return MambaState(self.conv_state.mT[rows].mT, self.ssm_state[rows])
 
-    def __getitem__(self, rows):
-        return MambaState(self.conv_state[rows], self.ssm_state[rows])
-
-    def __setitem__(self, rows, other):
+    def __setitem__(self, rows, other: "MambaState") -> None:
+        """Overwrites rows (anything a tensor can be indexed with) with the rows of another state; drops a checkpoint."""
         self.conv_state[rows] = other.conv_state
         self.ssm_state[rows] = other.ssm_state
+        self.drop_checkpoint()
+
+    def copy_(self, other: "MambaState") -> "MambaState":
+        """Overwrites all rows; a batch of 1 is copied into every row (one prompt, many samples). Drops a checkpoint."""
+        self.conv_state.copy_(other.conv_state)
+        self.ssm_state.copy_(other.ssm_state)
+        self.drop_checkpoint()
+        return self
+
+    def zero_(self) -> "MambaState":
+        self.conv_state.zero_()
+        self.ssm_state.zero_()
+        self.drop_checkpoint()
+        return self
+
+    @torch.no_grad()
+    def checkpoint(self, window: int = WINDOW) -> None:
+        """Remembers the present state and starts recording, for at most `window` tokens per row."""
+        if self._saved is None:
+            self._saved = self.clone()
+        else:
+            self._saved.conv_state.copy_(self.conv_state)
+            self._saved.ssm_state.copy_(self.ssm_state)
+        self._window, self._record = window, []
+
+    def drop_checkpoint(self) -> None:
+        """Forgets the checkpoint and stops recording."""
+        self._saved, self._record = None, None
+
+    @property
+    def recorded(self) -> int:
+        """How many tokens were recorded since the checkpoint (the longest row of ragged calls); 0 without one."""
+        return sum(xBC.size(1) for xBC, _, _ in self._record or ())
+
+    def _check_room(self, T: int) -> None:
+        if self._record is not None and self.recorded + T > self._window:
+            raise ValueError(f"{self.recorded} + {T} tokens since the checkpoint exceed its window of {self._window}: "
+                             "take a new checkpoint() first, or drop_checkpoint()")
+
+    def _buffer(self, name: str, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """A buffer that decode reuses from token to token; a fresh tensor while torch.compile traces."""
+        device = self.ssm_state.device
+        if torch.compiler.is_compiling():
+            return torch.empty(shape, dtype=dtype, device=device)
+        key = name, shape, dtype
+        if key not in self._scratch:
+            with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode later
+                self._scratch[key] = torch.empty(shape, dtype=dtype, device=device)
+        return self._scratch[key]
 
 
+# Modules that allocate and nothing else: init_weights alone initialises.
 class _Linear(nn.Linear):
     def reset_parameters(self):
         pass
@@ -70,95 +122,314 @@ class _Conv1d(nn.Conv1d):
 
 
 class GatedRMSNorm(nn.Module):
-    def __init__(self, size, group_size, eps=1e-5):
+    """norm(y * silu(z)) * weight, RMS over each group of group_size channels, computed in fp32, returned in y's dtype."""
+
+    def __init__(self, size: int, group_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.group_size, self.eps = group_size, eps
+        self.group_size = group_size
 
     def forward(self, y, z):
-        v = y.float() * F.silu(z.float())
-        v = F.rms_norm(v.unflatten(-1, (-1, self.group_size)), (self.group_size,), eps=self.eps).flatten(-2)
-        return (v * self.weight.float()).to(y.dtype)
+        v = (y.float() * F.silu(z.float())).unflatten(-1, (-1, self.group_size))  # (..., groups, group_size)
+        return (F.rms_norm(v, (self.group_size,), eps=NORM_EPS).flatten(-2) * self.weight.float()).to(y.dtype)
+
+
+@functools.cache
+def choose_form(backend: str) -> str:
+    """
+    "torch" or "cuda": which form the mixers run, decided once per process and printed once.
+    Raises ValueError for an unknown backend, or "cuda" without a CUDA device; ImportError for "cuda" without its packages.
+    """
+    if backend not in ("auto", "torch", "cuda"):
+        raise ValueError(f"backend {backend!r} is not known; choose auto, torch or cuda")
+    why = "asked for"
+    form = backend
+    if backend != "torch":
+        error = kernels.why_no_cuda()
+        if error and backend == "cuda":
+            raise error
+        form, why = ("torch", str(error)) if error else ("cuda", "mamba-ssm and causal-conv1d work here")
+    print0(f"Mamba-2 runs its {'CUDA kernels' if form == 'cuda' else 'PyTorch form'}: {why}")
+    return form
 
 
 class Mamba2(nn.Module):
-    def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, chunk_size=None,
-                 backend="auto"):
+    """
+    d_inner = expand * d_model channels in nheads = d_inner / headdim heads; B and C are shared by the heads of a group,
+    and the gated norm works per group. chunk_size None: chosen for the device. backend: "auto" (the kernels where they
+    can run), "torch" or "cuda". __init__ only allocates (meta-device safe); call init_weights, or load weights.
+    Master weights may be fp32 under any activation dtype (they are cast at use; for decoding, cast them once instead,
+    all but FP32_PARAMS). Raises ValueError where sizes do not divide, and what choose_form raises.
+    """
+
+    def __init__(self, d_model: int, d_state: int = 128, d_conv: int = 4, expand: int = 2, headdim: int = 64,
+                 ngroups: int = 1, chunk_size: int | None = None, backend: str = "auto"):
         super().__init__()
         d_inner = expand * d_model
-        for a, b, what in ((d_inner, headdim, "d_inner by headdim"), (d_inner, ngroups, "d_inner by ngroups")):
-            if a % b:
-                raise ValueError(f"{what}: {a} % {b} != 0")
-        if (d_inner // headdim) % ngroups:
-            raise ValueError("heads by groups")
+        nheads = d_inner // headdim
+        if d_inner % headdim:
+            raise ValueError(f"d_inner = expand * d_model = {d_inner} does not divide by headdim = {headdim}")
+        if d_inner % ngroups:
+            raise ValueError(f"d_inner = expand * d_model = {d_inner} does not divide by ngroups = {ngroups}")
+        if nheads % ngroups:
+            raise ValueError(f"nheads = d_inner / headdim = {nheads} does not divide by ngroups = {ngroups}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size = {chunk_size}: give a positive number of tokens, or None for the default")
         self.d_model, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_state, d_conv, headdim, ngroups
-        self.d_inner, self.nheads, self.conv_dim = d_inner, d_inner // headdim, d_inner + 2 * ngroups * d_state
-        self.chunk_size, self.backend = chunk_size or 64, backend
-        self.dt_bias = nn.Parameter(torch.empty(self.nheads))
-        self.A_log = nn.Parameter(torch.empty(self.nheads))
-        self.D = nn.Parameter(torch.empty(self.nheads))
-        self.in_proj = _Linear(d_model, d_inner + self.conv_dim + self.nheads, bias=False)
+        self.d_inner, self.nheads, self.conv_dim = d_inner, nheads, d_inner + 2 * ngroups * d_state
+        self.chunk_size = chunk_size
+        self.form = choose_form(backend)
+        if self.form == "cuda":
+            error = kernels.why_no_cuda_sizes(d_conv, self.conv_dim)
+            if error and backend == "cuda":
+                raise ValueError(error)
+            self.form = "torch" if error else "cuda"
+        self.forced = backend == "cuda"
+        # In mamba_ssm's order of a state dict: direct parameters first.
+        self.dt_bias = nn.Parameter(torch.empty(nheads))
+        self.A_log = nn.Parameter(torch.empty(nheads))
+        self.D = nn.Parameter(torch.empty(nheads))
+        self.in_proj = _Linear(d_model, d_inner + self.conv_dim + nheads, bias=False)  # z, x, B, C, dt
         self.conv1d = _Conv1d(self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim, padding=d_conv - 1)
         self.norm = GatedRMSNorm(d_inner, d_inner // ngroups)
         self.out_proj = _Linear(d_inner, d_model, bias=False)
         self._mark()
 
     def _mark(self):
-        for p in (self.A_log, self.dt_bias, self.D):
+        for p in (self.dt_bias, self.A_log, self.D):
             p._no_weight_decay = True
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self) -> None:
+        """
+        mamba_ssm's initialisation, drawn in its order: linear and conv as torch's defaults; dt log-uniform in
+        [1e-3, 0.1], stored through the inverse of softplus; A uniform in [1, 16]; D and the norm one.
+        """
         nn.init.kaiming_uniform_(self.in_proj.weight, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))
         bound = 1 / math.sqrt(self.d_conv)
         nn.init.uniform_(self.conv1d.bias, -bound, bound)
-        dt = torch.exp(torch.rand_like(self.dt_bias) * (math.log(0.1) - math.log(1e-3)) + math.log(1e-3)).clamp(min=1e-4)
+        lo, hi = math.log(1e-3), math.log(0.1)
+        dt = torch.exp(torch.rand_like(self.dt_bias, dtype=torch.float32) * (hi - lo) + lo).clamp_(min=1e-4)
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-        self.A_log.uniform_(1, 16).log_()
+        self.A_log.copy_(torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16).log_())
         self.D.fill_(1)
         self.norm.weight.fill_(1)
         nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
-        self._mark()
+        self._mark()  # again: moving off the meta device makes new Parameters
 
-    def new_state(self, batch, device, dtype):
-        return MambaState(torch.zeros(batch, self.conv_dim, self.d_conv, device=device, dtype=dtype),
-                          torch.zeros(batch, self.nheads, self.headdim, self.d_state, device=device))
+    def new_state(self, batch: int, device, dtype: torch.dtype) -> MambaState:
+        """A zero state; dtype is that of the activations. Channels are contiguous in the conv state's memory."""
+        conv = torch.zeros(batch, self.d_conv, self.conv_dim, device=device, dtype=dtype).mT
+        return MambaState(conv, torch.zeros(batch, self.nheads, self.headdim, self.d_state, device=device))
 
-    def flops_per_token(self, write_only=False):
-        z, C = (0, 0) if write_only else (self.d_inner, self.ngroups * self.d_state)
-        return {"in_proj": 2 * self.d_model * (z + self.conv_dim + self.nheads),
-                "conv": 2 * self.d_conv * (self.conv_dim - (self.ngroups * self.d_state - C)),
-                "scan": 2 * self.d_inner * self.d_state * (1 if write_only else 2),
-                "out_proj": 0 if write_only else 2 * self.d_inner * self.d_model}
+    def flops_per_token(self, write_only: bool = False) -> dict[str, int]:
+        """
+        FLOPs of one token's forward, by part, in the recurrent form, whatever form runs: 2 for a multiply-add, 1 for a
+        multiply. in_proj and out_proj: matrix products. conv: d_conv multiply-adds a channel. scan, per entry of the
+        state: decay and input (1 + 2), readout (2); and D's skip. Activations, norm and dt (all O(d_inner)) are not
+        counted. write_only: no z, no C in the conv, no readout, no out_proj.
+        """
+        GN, cells = self.ngroups * self.d_state, self.d_inner * self.d_state
+        if write_only:
+            return {"in_proj": 2 * self.d_model * (self.conv_dim + self.nheads),
+                    "conv": 2 * self.d_conv * (self.conv_dim - GN), "scan": 3 * cells, "out_proj": 0}
+        return {"in_proj": 2 * self.d_model * (self.d_inner + self.conv_dim + self.nheads),
+                "conv": 2 * self.d_conv * self.conv_dim, "scan": 5 * cells + 2 * self.d_inner,
+                "out_proj": 2 * self.d_inner * self.d_model}
 
-    def forward(self, u, state=None, write_only=False, lengths=None):
+    def forward(self, u: torch.Tensor, state: MambaState | None = None, write_only: bool = False,
+                lengths: torch.Tensor | None = None) -> torch.Tensor | None:
+        """
+        u (B,T,d_model), T >= 1 -> y (B,T,d_model) in u's dtype (autocast's under autocast).
+        state: continued from, and advanced in place; gradients do not flow into or through it.
+        write_only: the state is advanced and nothing else computed (no z, gated norm, out_proj); returns None.
+        lengths (B,) int64 on u's device: row b has lengths[b] valid leading tokens (0 allowed); the rest do not touch its
+        state, and their outputs are unspecified.
+        Raises ValueError for a state of another batch, dtype, size or device, for lengths outside 0..T (checked on a CPU
+        only), for write_only without a state, for more recorded tokens than a checkpoint's window.
+        """
         b, T, _ = u.shape
-        zxbcdt = F.linear(u, self.in_proj.weight.to(u.dtype))
-        z, xBC, dt = zxbcdt.split([self.d_inner, self.conv_dim, self.nheads], dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias.float())
+        if T < 1:
+            raise ValueError("u has no tokens: T must be at least 1")
+        device = u.device.type
+        autocast = torch.is_autocast_enabled(device)
+        if state is None:
+            if write_only:
+                raise ValueError("write_only advances a state and returns nothing: give it one")
+        else:
+            self._check_state(state, u, torch.get_autocast_dtype(device) if autocast else u.dtype)
+            state._check_room(T)
         if lengths is not None:
-            dt = dt * (torch.arange(T, device=u.device) < lengths[:, None]).unsqueeze(-1)
-        past = xBC.new_zeros(b, self.d_conv, self.conv_dim) if state is None else state.conv_state.mT
-        full = torch.cat([past, xBC], 1)                                   # (b, d_conv+T, conv_dim)
-        w = self.conv1d.weight.squeeze(1).float()
-        conv = self.conv1d.bias.float() + sum(full[:, j + 1:j + 1 + T].float() * w[:, j] for j in range(self.d_conv))
-        conv = F.silu(conv).to(u.dtype)
-        GN = self.ngroups * self.d_state
-        x, B, C = conv.split([self.d_inner, GN, GN], dim=-1)
-        y, last = ssd(x.reshape(b, T, self.nheads, self.headdim), dt, -torch.exp(self.A_log.float()),
-                      B.reshape(b, T, self.ngroups, -1), C.reshape(b, T, self.ngroups, -1), self.D.float(),
-                      self.chunk_size, None if state is None else state.ssm_state.clone())
-        if state is not None:
+            self._check_lengths(lengths, b, T)
+        if self.form == "cuda" and self.forced and device != "cuda":
+            raise ValueError(f"backend='cuda' computes on a CUDA device, but u is on {u.device}: move it, or choose 'auto'")
+        if T == 1 and state is not None and lengths is None and not autocast and not torch.is_grad_enabled():
+            return self._step(u, state, write_only)
+        if write_only:
             with torch.no_grad():
-                if lengths is None:
-                    tail = full[:, -self.d_conv:]
-                else:
-                    idx = lengths[:, None] + torch.arange(self.d_conv, device=u.device)
-                    tail = full.gather(1, idx.unsqueeze(-1).expand(-1, -1, self.conv_dim))
-                state.conv_state.copy_(tail.mT)
-                state.ssm_state.copy_(last)
+                xBC_dt = F.linear(u, self.in_proj.weight[self.d_inner:].to(u.dtype))  # the rows of x, B, C, dt
+                return self._advance(xBC_dt, state, lengths)
+        zxbcdt = F.linear(u, self.in_proj.weight.to(u.dtype))  # (B,T,z+x+B+C+dt)
+        y = self._mix(zxbcdt, state, lengths)
+        return F.linear(y, self.out_proj.weight.to(y.dtype))
+
+    def _check_state(self, state, u, dtype):
+        conv, ssm = state.conv_state, state.ssm_state
+        b = u.size(0)
+        for name, got, want in (
+                ("batch", (conv.size(0), ssm.size(0)), (b, b)),
+                ("size", (tuple(conv.shape[1:]), tuple(ssm.shape[1:])),
+                 ((self.conv_dim, self.d_conv), (self.nheads, self.headdim, self.d_state))),
+                ("dtype", (conv.dtype, ssm.dtype), (dtype, torch.promote_types(dtype, torch.float32))),
+                ("device", (conv.device, ssm.device), (u.device, u.device))):
+            if got != want:
+                raise ValueError(f"the state has {name} {got} (conv, ssm) but the input needs {want}: make it with "
+                                 "new_state(batch, device, dtype of the activations)")
+
+    @staticmethod
+    def _check_lengths(lengths, b, T):
+        if lengths.shape != (b,) or lengths.dtype != torch.int64:
+            raise ValueError(f"lengths must be int64 of shape ({b},), got {lengths.dtype} {tuple(lengths.shape)}")
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() \
+                and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
+            raise ValueError(f"lengths must lie in 0..T = {T}, got {lengths.tolist()}")
+
+    def _chunk(self, device):
+        # CPU: 64 to 128 measured best, the chunk's temporaries then fit the cache. GPU: mamba_ssm's default.
+        return self.chunk_size or (64 if device.type == "cpu" else 256)
+
+    def _mix(self, zxbcdt, state, lengths):
+        """What lies between the projections: (B,T,z+x+B+C+dt) -> (B,T,d_inner); advances and records into the state."""
+        conv_state, ssm_state = (None, None) if state is None else (state.conv_state, state.ssm_state)
+        if self.form == "cuda" and zxbcdt.is_cuda:
+            z, xBC, dt_raw = zxbcdt.split([self.d_inner, self.conv_dim, self.nheads], -1)
+            y, last = self._cuda_scan(xBC, dt_raw, conv_state, ssm_state, lengths)
+            y = self.norm(y, z)
+        else:
+            y, _, _, last = kernels.mixer(
+                zxbcdt, self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight,
+                conv_state, ssm_state, lengths, self.ngroups, self._chunk(zxbcdt.device), False,
+                torch.is_grad_enabled())
+        if state is not None:
+            self._store(state, zxbcdt[..., self.d_inner:], last, lengths)
+        return y
+
+    def _advance(self, xBC_dt, state, lengths, record=True):
+        """Writes tokens into the state from their in_proj outputs (B,T,x+B+C+dt) alone."""
+        if self.form == "cuda" and xBC_dt.is_cuda:
+            xBC, dt_raw = xBC_dt.split([self.conv_dim, self.nheads], -1)
+            _, last = self._cuda_scan(xBC, dt_raw, state.conv_state, state.ssm_state, lengths)
+        else:
+            _, _, _, last = kernels.mixer(
+                xBC_dt, self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight,
+                state.conv_state, state.ssm_state, lengths, self.ngroups, self._chunk(xBC_dt.device), True, False)
+        self._store(state, xBC_dt, last, lengths, record)
+
+    def _cuda_scan(self, xBC, dt_raw, conv_state, ssm_state, lengths):
+        b, T, _ = xBC.shape
+        dt = F.softplus(dt_raw.float() + self.dt_bias.float())
+        if lengths is not None:
+            dt = dt * (torch.arange(T, device=dt.device) < lengths[:, None]).unsqueeze(-1)
+        past = None if conv_state is None else conv_state.mT[:, 1:].contiguous()
+        act = kernels.cuda_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, past)
+        y, last = kernels.cuda_scan(act, dt, -torch.exp(self.A_log.float()), self.D.float(), ssm_state, self.d_inner,
+                                    self.ngroups, self._chunk(xBC.device))
+        return y.reshape(b, T, self.d_inner), last
+
+    @torch.no_grad()
+    def _store(self, state, xBC_dt, last, lengths, record=True):
+        """Puts what follows these tokens into the state: the last d_conv inputs of each row's conv, and the scan's end."""
+        K, T = self.d_conv, xBC_dt.size(1)
+        xBC, dt_raw = xBC_dt.detach().split([self.conv_dim, self.nheads], -1)
+        window = state.conv_state.mT                                            # (B,K,conv_dim)
+        if lengths is not None:
+            at = lengths[:, None] + torch.arange(K, device=xBC.device)          # row b ends at its own token
+            tail = torch.cat([window, xBC], 1).gather(1, at.unsqueeze(-1).expand(-1, -1, self.conv_dim))
+        else:
+            tail = xBC[:, -K:] if T >= K else torch.cat([window[:, T:], xBC], 1)
+        window.copy_(tail)
+        state.ssm_state.copy_(last.detach())
+        if record and state._record is not None:
+            state._record.append((xBC.clone(), dt_raw.clone(), lengths))
+
+    def _step(self, u, state, write_only):
+        """forward for one token without gradients: every temporary lives in the state's buffers."""
+        b, skip = u.size(0), self.d_inner if write_only else 0
+        K, G, N, P, dtype = self.d_conv, self.ngroups, self.d_state, self.headdim, u.dtype
+        acc = torch.promote_types(dtype, torch.float32)
+
+        def buffer(name, *shape, dtype=acc):
+            return state._buffer(name, *shape, dtype=dtype)
+
+        W = self.in_proj.weight[skip:].to(dtype)
+        zxbcdt = torch.mm(u.view(b, -1), W.t(), out=buffer("zxbcdt", b, W.size(0), dtype=dtype))
+        xBC, dt_raw = zxbcdt[:, self.d_inner - skip:-self.nheads], zxbcdt[:, -self.nheads:]
+        if state._record is not None:
+            state._record.append((xBC[:, None].clone(), dt_raw[:, None].clone(), None))
+        dt = buffer("dt", b, self.nheads).copy_(dt_raw).add_(self.dt_bias)
+        torch.ops.aten.softplus.out(dt, out=dt)
+        if self.form == "cuda" and u.is_cuda:
+            y = kernels.cuda_step(xBC, dt, self.A_log, self.D, self.conv1d.weight.squeeze(1), self.conv1d.bias,
+                                  state.conv_state, state.ssm_state, G)
+        else:
+            window = state.conv_state.mT                                        # (b,K,conv_dim)
+            for j in range(K - 1):
+                window[:, j].copy_(window[:, j + 1])
+            window[:, -1].copy_(xBC)
+            taps = buffer("taps", b, K, self.conv_dim).copy_(window).mul_(self.conv1d.weight.squeeze(1).t())
+            act = torch.sum(taps, 1, out=buffer("act", b, self.conv_dim)).add_(self.conv1d.bias)
+            F.silu(act, inplace=True)
+            x, B, C = act.split([self.d_inner, G * N, G * N], -1)
+            x = x.view(b, self.nheads, P)
+            S = state.ssm_state
+            A = torch.exp(self.A_log, out=buffer("A", self.nheads)).neg_()
+            S.mul_(torch.mul(dt, A, out=buffer("decay", b, self.nheads)).exp_()[..., None, None])
+            Xt = torch.mul(x, dt.unsqueeze(-1), out=buffer("Xt", b, self.nheads, P))
+            # heads of a group in one: (b,G,RP,N) += (b,G,RP,1) * (b,G,1,N)
+            S.view(b, G, -1, N).addcmul_(Xt.view(b, G, -1, 1), B.view(b, G, 1, N))
+            if write_only:
+                return None
+            C = buffer("C", b, G, N).copy_(C.view(b, G, N)).view(b * G, N, 1)
+            y = torch.bmm(S.view(b * G, -1, N), C, out=buffer("y", b * G, self.d_inner // G, 1))
+            y = y.view(b, self.nheads, P).addcmul_(x, self.D.unsqueeze(-1))
         if write_only:
             return None
-        y = self.norm(y.reshape(b, T, self.d_inner), z)
-        return F.linear(y, self.out_proj.weight.to(y.dtype))
+        y = y.view(b, G, -1)
+        gate = buffer("gate", b, self.d_inner).copy_(zxbcdt[:, :self.d_inner])
+        y.mul_(F.silu(gate, inplace=True).view(b, G, -1))
+        square = torch.mul(y, y, out=buffer("square", b, G, self.d_inner // G))
+        r = torch.mean(square, -1, keepdim=True, out=buffer("r", b, G, 1)).add_(NORM_EPS).rsqrt_()
+        y = y.mul_(r).view(b, self.d_inner).mul_(self.norm.weight)
+        y = buffer("normed", b, self.d_inner, dtype=dtype).copy_(y)
+        return torch.mm(y, self.out_proj.weight.t().to(dtype)).unsqueeze(1)
+
+    @torch.no_grad()
+    def rollback(self, state: MambaState, keep: int | torch.Tensor) -> None:
+        """
+        Takes the state back to `keep` tokens after its checkpoint, in place: an int, or per row an int64 (B,), each
+        from 0 to the number of tokens recorded in that row (checked on a CPU only). The checkpoint moves there too.
+        Raises ValueError without a checkpoint, or for keep outside its range.
+        """
+        if state._record is None:
+            raise ValueError("rollback needs a checkpoint(): take one before the tokens that may be taken back")
+        b, record = state.batch, state._record
+        device = state.ssm_state.device
+        keep = torch.full((b,), keep, device=device) if isinstance(keep, int) else keep.to(device)
+        counts = [xBC.size(1) if n is None else n for xBC, _, n in record]
+        total = sum(counts) + torch.zeros_like(keep)                            # (B,) tokens recorded in each row
+        if keep.shape != (b,) or device.type == "cpu" and bool(((keep < 0) | (keep > total)).any()):
+            raise ValueError(f"keep must hold, for each of {b} rows, 0 to the number of tokens since the checkpoint "
+                             f"({total.tolist()}), got {keep.tolist()}")
+        state.conv_state.copy_(state._saved.conv_state)
+        state.ssm_state.copy_(state._saved.ssm_state)
+        if record:
+            xBC_dt = torch.cat([torch.cat([xBC, dt], -1) for xBC, dt, _ in record], 1)   # (B,W,x+B+C+dt)
+            if any(n is not None for _, _, n in record):
+                # Ragged calls left gaps: bring each row's valid tokens to its front, in order.
+                valid = torch.cat([torch.arange(xBC.size(1), device=device).expand(b, -1)
+                                   < (xBC.size(1) if n is None else n[:, None]) for xBC, _, n in record], 1)
+                order = valid.logical_not().long().argsort(dim=1, stable=True)
+                xBC_dt = xBC_dt.gather(1, order.unsqueeze(-1).expand_as(xBC_dt))
+            self._advance(xBC_dt, state, keep, record=False)
+        state.checkpoint(state._window)

@@ -93,16 +93,15 @@ def _chunk_backward(dy, x, dt, A, B, C, D, S, dS, dx, dB, dC, dA, dD):
 
     # state -> output: y += grow * C S^T
     inter = torch.bmm(Cg, S.mT)
-    dcum = (inter.float() if dtype != dS.dtype else inter).mul_(dyg).view(b, G, Q, R, P).sum(-1)   # (b,G,Q,R)
-    dcum = dcum.transpose(2, 3).reshape(b, H, Q)
+    dcum = inter.to(dS.dtype).mul_(dyg).view(b, G, Q, R, P).sum(-1).transpose(2, 3).reshape(b, H, Q)
     dCg = torch.bmm(dyg, S)
     # input -> state: S' = exp(cum_last) S + Xf^T B
     dXf = torch.bmm(Bg, dSc.mT)                                                  # (bG,Q,RP)
     dBg = torch.bmm(Xf, dSc)
-    q = (dXf * Xf).view(b, G, Q, R, P).sum(-1, dtype=dS.dtype).transpose(2, 3).reshape(b, H, Q)
+    q = dXf.to(dS.dtype).mul(Xf).view(b, G, Q, R, P).sum(-1).transpose(2, 3).reshape(b, H, Q)
     dcum -= q
     last = q.sum(-1)
-    last += torch.bmm(dSc.view(b * H, 1, P * N), S.view(b * H, P * N, 1)).view(b, H) * cum[..., -1].exp()
+    last += (dS * S).view(b, H, -1).sum(-1) * cum[..., -1].exp()
     dS.view(b, H, -1).mul_(grow[:, -1])
     if dtype == dS.dtype:
         dS.baddbmm_(dyg.mT, Cg)
@@ -314,9 +313,9 @@ def mixer_backward(dout: torch.Tensor, ys: torch.Tensor, states: torch.Tensor, z
                 dy, x.view(b, Q, H, P), dt[:, t0:t1], A, B.view(b, Q, G, N), C.view(b, Q, G, N), Dp, states[i], dS,
                 dx.view(b, Q, H, P), dB.view(b, Q, G, N), dC.view(b, Q, G, N), dA, dD)
             # conv: pre_t = bias + sum_j w_j x_(t-K+1+j)
-            dpre = torch.cat([torch.ops.aten.silu_backward(dact, pre), after], 1)
+            own = torch.ops.aten.silu_backward(dact, pre)
+            dpre = torch.cat([own, after], 1)
             after = dpre[:, :K - 1].clone()
-            own = dpre[:, :Q]
             dbias += own.sum((0, 1))
             dw = torch.mul(dpre[:, K - 1:], wt[0])
             for j in range(K):
@@ -351,3 +350,162 @@ def _mixer_grad(ctx, dout, *_):
 
 
 mixer.register_autograd(_mixer_grad, setup_context=_mixer_setup)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the kernels of mamba-ssm (>= 2.2) and causal-conv1d (>= 1.5.1), wrapped so that torch.compile does not look inside
+
+INSTALL = "pip install -e '.[cuda]' --no-build-isolation"
+
+
+def why_no_cuda() -> Exception | None:
+    """None where the kernels can run, else the error that says what is missing."""
+    if not torch.cuda.is_available():
+        return ValueError(f"the Mamba kernels need a CUDA device, and torch {torch.__version__} sees none here; "
+                          f"on a machine that has one: {INSTALL}")
+    try:
+        _chunk_scan()
+        _selective_state_update()
+        _causal_conv1d()
+    except Exception as e:  # a build against another torch fails with ImportError, OSError or RuntimeError
+        return ImportError(f"the Mamba kernels cannot be imported ({type(e).__name__}: {e}); install them with "
+                           f"{INSTALL}")
+    return None
+
+
+def why_no_cuda_sizes(d_conv: int, conv_dim: int) -> str | None:
+    """None if causal-conv1d supports these sizes, else a sentence."""
+    if d_conv not in (2, 3, 4) or conv_dim % 8:
+        return (f"the CUDA conv kernel needs d_conv 2 to 4 and d_inner + 2 * ngroups * d_state divisible by 8, got "
+                f"{d_conv} and {conv_dim}: choose other sizes or backend='torch'")
+    return None
+
+
+# Imported at the call: the released packages load their CUDA extensions at import and fail where there is no CUDA.
+def _chunk_scan():
+    from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_bwd, _mamba_chunk_scan_combined_fwd
+    return _mamba_chunk_scan_combined_fwd, _mamba_chunk_scan_combined_bwd
+
+
+def _selective_state_update():
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+    return selective_state_update
+
+
+def _causal_conv1d():
+    from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+    from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
+    return causal_conv1d_fn, causal_conv1d_bwd_function, causal_conv1d_update
+
+
+def _channels_last(x):
+    """(b,T,C) -> (b,C,T) with strides the conv kernel takes: channels contiguous, the others multiples of 8."""
+    if x.stride(-1) != 1 or x.stride(0) % 8 or x.stride(1) % 8:
+        x = x.contiguous()
+    return x.mT
+
+
+@torch.library.custom_op("adamba::cuda_conv", mutates_args=())
+def cuda_conv(xBC: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, past: torch.Tensor | None) -> torch.Tensor:
+    """silu(causal conv): xBC (b,T,C), weight (C,K), bias (C), past (b,K-1,C) inputs before token 0 -> (b,T,C)."""
+    past = None if past is None else past.mT
+    out = _causal_conv1d()[0](_channels_last(xBC), weight, bias, initial_states=past, activation="silu")
+    return out.mT.contiguous()
+
+
+@cuda_conv.register_fake
+def _(xBC, weight, bias, past):
+    return xBC.new_empty(xBC.shape)
+
+
+@torch.library.custom_op("adamba::cuda_conv_backward", mutates_args=())
+def cuda_conv_backward(dout: torch.Tensor, xBC: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
+                       past: torch.Tensor | None) -> list[torch.Tensor]:
+    past = None if past is None else past.mT
+    dx, dweight, dbias, _ = _causal_conv1d()[1](
+        _channels_last(xBC), weight, bias, _channels_last(dout), None, past, None, None, False, True)
+    return [dx.mT.contiguous(), dweight, dbias]
+
+
+@cuda_conv_backward.register_fake
+def _(dout, xBC, weight, bias, past):
+    return [xBC.new_empty(xBC.shape), torch.empty_like(weight), torch.empty_like(bias)]
+
+
+def _cuda_conv_grad(ctx, dout):
+    return (*torch.ops.adamba.cuda_conv_backward(dout, *ctx.saved_tensors), None)
+
+
+cuda_conv.register_autograd(_cuda_conv_grad, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def _split_heads(act, H, d_inner, G):
+    """(b,T,x+B+C) -> views x (b,T,H,P), B and C (b,T,G,N)."""
+    GN = (act.size(-1) - d_inner) // 2
+    x, B, C = act.split([d_inner, GN, GN], -1)
+    return x.unflatten(-1, (H, -1)), B.unflatten(-1, (G, -1)), C.unflatten(-1, (G, -1))
+
+
+@torch.library.custom_op("adamba::cuda_scan", mutates_args=())
+def cuda_scan(act: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, D: torch.Tensor, initial: torch.Tensor | None,
+              d_inner: int, ngroups: int, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    act (b,T,x+B+C), dt (b,T,H) after softplus, A and D (H), all but act fp32 -> y (b,T,H,P), final state (b,H,P,N) fp32.
+    No gradient flows through the states.
+    """
+    x, B, C = _split_heads(act, D.numel(), d_inner, ngroups)
+    out, _, _, _, _, final, *_ = _chunk_scan()[0](x, dt, A, B, C, chunk_size, D=D, initial_states=initial)
+    return out, final.float()
+
+
+@cuda_scan.register_fake
+def _(act, dt, A, D, initial, d_inner, ngroups, chunk_size):
+    (b, T, width), H = act.shape, D.numel()
+    P, N = d_inner // H, (width - d_inner) // (2 * ngroups)
+    return act.new_empty(b, T, H, P), act.new_empty(b, H, P, N, dtype=torch.float32)
+
+
+@torch.library.custom_op("adamba::cuda_scan_backward", mutates_args=())
+def cuda_scan_backward(dout: torch.Tensor, out: torch.Tensor, act: torch.Tensor, dt: torch.Tensor, A: torch.Tensor,
+                       D: torch.Tensor, initial: torch.Tensor | None, d_inner: int, ngroups: int, chunk_size: int,
+                       ) -> list[torch.Tensor]:
+    dact = torch.empty_like(act)
+    (x, B, C), (dx, dB, dC) = (_split_heads(a, D.numel(), d_inner, ngroups) for a in (act, dact))
+    _, ddt, dA, _, _, dD, *_ = _chunk_scan()[1](
+        dout.contiguous(), x, dt, A, B, C, out, chunk_size, D=D, initial_states=initial, dx=dx, dB=dB, dC=dC)
+    return [dact, ddt, dA, dD]
+
+
+@cuda_scan_backward.register_fake
+def _(dout, out, act, dt, A, D, initial, d_inner, ngroups, chunk_size):
+    return [torch.empty_like(v) for v in (act, dt, A, D)]
+
+
+def _cuda_scan_setup(ctx, inputs, output):
+    ctx.save_for_backward(output[0], *inputs[:5])
+    ctx.sizes = inputs[5:]
+
+
+def _cuda_scan_grad(ctx, dout, _):
+    return (*torch.ops.adamba.cuda_scan_backward(dout, *ctx.saved_tensors, *ctx.sizes), *[None] * 4)
+
+
+cuda_scan.register_autograd(_cuda_scan_grad, setup_context=_cuda_scan_setup)
+
+
+@torch.library.custom_op("adamba::cuda_step", mutates_args=("conv_state", "ssm_state"))
+def cuda_step(xBC: torch.Tensor, dt: torch.Tensor, A_log: torch.Tensor, D: torch.Tensor, weight: torch.Tensor,
+              bias: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor, ngroups: int) -> torch.Tensor:
+    """One token: xBC (b,C), dt (b,H) fp32 after softplus -> y (b,H,P) fp32; both states advance in place."""
+    H, P, N = ssm_state.shape[1:]
+    act = _causal_conv1d()[2](xBC.contiguous(), conv_state, weight, bias, "silu")
+    x, B, C = (v.squeeze(1) for v in _split_heads(act.unsqueeze(1), H, H * P, ngroups))
+    A = -torch.exp(A_log.float())
+    y = _selective_state_update()(ssm_state, x, dt.unsqueeze(-1).expand(-1, -1, P), A.view(H, 1, 1).expand(H, P, N),
+                                  B, C, D.float().unsqueeze(-1).expand(H, P))
+    return y.float()
+
+
+@cuda_step.register_fake
+def _(xBC, dt, A_log, D, weight, bias, conv_state, ssm_state, ngroups):
+    return dt.new_empty(ssm_state.shape[:3])

@@ -103,8 +103,13 @@ def sliced_linear(x: torch.Tensor, weight: torch.Tensor, d_out: int) -> torch.Te
     return F.linear(x, weight[:d_out, :x.size(-1)].to(x.dtype))
 
 
-def add_prefix(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x with y (..., d) added to its first d dims; the rest passes through."""
+def add_prefix(x: torch.Tensor, y: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    x (B, T, D) with y (B, T, d) added to its first d dims, the rest passing through. Only `active` tokens (B, T) bool
+    are updated where it is given: the others have exited.
+    """
+    if active is not None:
+        y = torch.where(active.unsqueeze(-1), y, 0)
     d = y.size(-1)
     if d == x.size(-1):
         return x + y
@@ -123,6 +128,24 @@ def apply_rope(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torc
     cos, sin = (t.to(x.dtype).unsqueeze(-2) for t in rope)  # (T, 1, head_dim/2) or (B, T, 1, head_dim/2)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def per_level(level: int | torch.Tensor, fn, *tensors: torch.Tensor) -> torch.Tensor:
+    """
+    fn(d, *tensors), (B, T, ...) -> (B, T, n), where all tokens run at one level d. Where `level` is a (B, T) tensor of
+    levels, the tokens of each are gathered, run through fn as (1, tokens, ...), and put back, zero behind their own n.
+    """
+    if isinstance(level, int):
+        return fn(level, *tensors)
+    flat, parts, places = level.flatten(), [], []
+    for d in flat.unique().tolist():
+        at = (flat == d).nonzero()[:, 0].to(tensors[0].device)
+        parts.append(fn(d, *(t.flatten(0, 1)[at].unsqueeze(0) for t in tensors))[0])
+        places.append(at)
+    n = max(p.size(-1) for p in parts)
+    rows = torch.cat([F.pad(p, (0, n - p.size(-1))) for p in parts])
+    order = torch.cat(places).argsort()
+    return rows[order].view(*level.shape, n)
 
 
 class Attention(nn.Module):
@@ -147,34 +170,58 @@ class Attention(nn.Module):
         """Key/value heads in use at width d: those that the first d / head_dim query heads read."""
         return -(-(d // self.head_dim) * self.n_kv_head // self.n_head)
 
-    def forward(self, x, d, rope, value=None, cache=None):
+    def _queries(self, d, u):
+        return sliced_linear(u[..., :d], self.c_q.weight, d)
+
+    def _keys(self, d, u):
+        return sliced_linear(u[..., :d], self.c_k.weight, self.n_kv(d) * self.head_dim)
+
+    def _values(self, d, u, value=None):
+        n = self.n_kv(d) * self.head_dim
+        v = sliced_linear(u[..., :d], self.c_v.weight, n)
+        if self.ve_gate is None:
+            return v
+        # u grows as a slice shrinks; sqrt(d / d_ref) undoes it, so the gate sees one scale at every width
+        c = self.ve_gate.in_features
+        gate = 2 * torch.sigmoid(sliced_linear(u[..., :c] * (d / self.d_ref) ** 0.5, self.ve_gate.weight, self.n_kv(d)))
+        return v + gate.repeat_interleave(self.head_dim, dim=-1) * value[..., :n]
+
+    def forward(self, x, level, rope, value=None, cache=None, write_only=False):
         """
-        x (B, T, D) -> the update of its first d dims, (B, T, d).
+        x (B, T, D) -> the update of its first d dims, (B, T, d), where d is the level, or the largest if `level` is a
+        (B, T) tensor of them. A query head sees the positions that have that head (DESIGN 7).
         rope: tables of the tokens' positions. value: (B, T, kv width) embeddings of the tokens, where this block has
-        them. cache: this block's view of the cache; it takes the new k, v and gives all that the queries may see.
+        them. cache: this block's KVView; it takes the new keys and values and gives all that the queries may see.
+        write_only: keys and values are written to the cache, nothing else is computed, and None is returned.
         """
         B, T, _ = x.shape
-        h, h_kv, hd = d // self.head_dim, self.n_kv(d), self.head_dim
-        u = norm(x[..., :d], self.d_ref, self.eps)
-        q = sliced_linear(u, self.c_q.weight, h * hd).view(B, T, h, hd)
-        k = sliced_linear(u, self.c_k.weight, h_kv * hd).view(B, T, h_kv, hd)
-        v = sliced_linear(u, self.c_v.weight, h_kv * hd).view(B, T, h_kv, hd)
-        if self.ve_gate is not None:
-            c = self.ve_gate.in_features
-            # u grows as a slice shrinks; sqrt(d / d_ref) undoes it, so the gate sees one scale at every width
-            gate = 2 * torch.sigmoid(sliced_linear(u[..., :c] * (d / self.d_ref) ** 0.5, self.ve_gate.weight, h_kv))
-            v = v + gate.unsqueeze(-1) * value[..., :h_kv * hd].view(B, T, h_kv, hd)
-        q, k = (norm(apply_rope(t, rope), hd, self.eps) for t in (q, k))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
-        mask = None
+        hd = self.head_dim
+        u = per_level(level, lambda d, x: norm(x[..., :d], self.d_ref, self.eps), x)
+        d = u.size(-1)
+        k = per_level(level, self._keys, u).view(B, T, -1, hd)
+        v = per_level(level, self._values, u, *(() if value is None else (value,))).view(B, T, -1, hd)
+        k = norm(apply_rope(k, rope), hd, self.eps)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, kv heads, T, head_dim)
+        heads = level // hd  # query heads that a position has: an int, or (B, T)
         if cache is not None:
-            k, v, mask = cache.update(k, v)
-        if h != h_kv:
-            group = self.n_head // self.n_kv_head
-            k, v = (t.repeat_interleave(group, dim=1)[:, :h] for t in (k, v))
-        y = causal_attention(q, k, v) if cache is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            cache.write(k, v, heads)
+        if write_only:
+            return None
+        q = per_level(level, self._queries, u).view(B, T, -1, hd)
+        q = norm(apply_rope(q, rope), hd, self.eps).transpose(1, 2)  # (B, heads, T, head_dim)
+        mask, is_causal = None, True
+        if cache is not None:
+            k, v, mask, is_causal = cache.read(k.size(1), d // hd)
+        elif not isinstance(level, int):
+            mask, is_causal = head_mask(heads.to(x.device), d // hd), False
+        if d // hd != k.size(1):
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1)[:, :d // hd] for t in (k, v))
+        if is_causal:
+            y = causal_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = y.transpose(1, 2).reshape(B, T, d)
-        return sliced_linear(y, self.c_proj.weight, d)
+        return per_level(level, lambda d, y: sliced_linear(y[..., :d], self.c_proj.weight, d), y)
 
 
 class MLP(nn.Module):
@@ -185,15 +232,33 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, d):
-        """x (B, T, D) -> the update of its first d dims, (B, T, d)."""
+    def _update(self, d, x):
         u = norm(x[..., :d], self.d_ref, self.eps)
         hidden = sliced_linear(u, self.c_fc.weight, 4 * d)
         return sliced_linear(F.relu(hidden).square(), self.c_proj.weight, d)
 
+    def forward(self, x, level):
+        """x (B, T, D) -> the update of its first d dims, (B, T, d); level: an int or (B, T)."""
+        return per_level(level, self._update, x)
+
+
+def head_mask(heads: torch.Tensor, n: int) -> torch.Tensor:
+    """
+    (B, n, T, T) bool: query t of head j may see key s <= t if position s has head j (heads (B, T) > j). A position
+    always sees itself, lest a row of the softmax be empty; heads it does not have are not read afterwards.
+    """
+    T = heads.size(1)
+    have = heads[:, None, :] > torch.arange(n, device=heads.device)[:, None]  # (B, n, T) by key
+    causal = torch.ones(T, T, dtype=torch.bool, device=heads.device).tril()
+    itself = torch.eye(T, dtype=torch.bool, device=heads.device)
+    return (have.unsqueeze(2) & causal) | itself
+
 
 class AttentionBlock(nn.Module):
-    """One residual unit: attention, then MLP, both at width d."""
+    """
+    One residual unit: attention, then MLP, both at one level (an int) or each token at its own ((B, T) on the CPU).
+    active: None (all tokens are updated), (B, T) bool, or False: all have exited and only write their memory.
+    """
     kind = "attention"
 
     def __init__(self, config, value_embedding: bool):
@@ -201,9 +266,12 @@ class AttentionBlock(nn.Module):
         self.attn = Attention(config, value_embedding)
         self.mlp = MLP(config)
 
-    def forward(self, x, d, rope, value=None, cache=None):
-        x = add_prefix(x, self.attn(x, d, rope, value, cache))
-        return add_prefix(x, self.mlp(x, d))
+    def forward(self, x, level, rope, value=None, cache=None, active=None):
+        if active is False:
+            self.attn(x, level, rope, value, cache, write_only=True)
+            return x
+        x = add_prefix(x, self.attn(x, level, rope, value, cache), active)
+        return add_prefix(x, self.mlp(x, level), active)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_only_the_newest_are_kept_and_half_a_checkpoint_is_none(base, tmp_path):
     assert ckpt.list_steps(tmp_path) == [2, 3]
     (tmp_path / "meta_000003.json").unlink()  # as if killed before the last file was written
     assert ckpt.last_step(tmp_path) == 2
-    with pytest.raises(FileNotFoundError, match="no checkpoint in .*train one first"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*train one first"):
         ckpt.last_step(tmp_path / "nowhere")
 
 
@@ -94,7 +94,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
     torch.save({"a": Evil()}, tmp_path / "model.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Evil()))
     for name in ("model.pt", "old.pt"):
-        with pytest.raises(ValueError, match="refused.*trust|no checkpoint"):
+        with pytest.raises(ValueError, match=r"refused.*trust|no checkpoint"):
             ckpt.load_torch(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 

@@ -59,7 +59,8 @@ def test_unknown_modes_are_named(hybrid):
 
 def frequencies(n=4000, **kwargs):
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(n, -1)
-    drawn = sample(logits, generator=torch.Generator().manual_seed(0), **{"temperature": 1.0, "top_k": None, "top_p": None, **kwargs})
+    settings = {"temperature": 1.0, "top_k": None, "top_p": None, **kwargs}
+    drawn = sample(logits, generator=torch.Generator().manual_seed(0), **settings)
     return torch.bincount(drawn, minlength=4) / n
 
 
