@@ -135,7 +135,7 @@ class MatryoshkaKVCache:
 
     def keep(self, rows: list[int]) -> None:
         """Keeps these rows, in this order; the others are gone and their memory is freed."""
-        index = torch.tensor(rows, device=self.device)
+        index = torch.tensor(rows, dtype=torch.long, device=self.device)
         self._map(lambda t: t[index])
         self.pos = [self.pos[r] for r in rows]
 

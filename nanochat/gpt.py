@@ -49,14 +49,29 @@ class GPTConfig:
         return self.n_embd
 
     @property
+    def top_width(self) -> int:
+        """The widest level: size of the attention and MLP matrices. In a hybrid the residual stream may be wider."""
+        return self.n_embd
+
+    @property
     def modes(self) -> dict[str, int]:
         """Mode name -> width."""
-        return mode_levels(self.n_embd, self.d_ref, self.head_dim)
+        return mode_levels(self.top_width, self.d_ref, self.head_dim)
 
     @property
     def levels(self) -> tuple[int, ...]:
         """The allowed widths, ascending."""
         return tuple(sorted(set(self.modes.values())))
+
+    @property
+    def n_block(self) -> int:
+        return self.n_layer
+
+    @property
+    def exit_points(self) -> tuple[int, ...]:
+        """Numbers of blocks after which a token may exit: 2/8, 3/8 ... 7/8 of them, in whole (attention, Mamba) pairs."""
+        per_layer = self.n_block // self.n_layer
+        return tuple(sorted({per_layer * max(1, round(self.n_layer * i / 8)) for i in range(2, 8)} - {self.n_block}))
 
     @classmethod
     def from_depth(cls, depth: int, vocab_size: int, sequence_len: int, aspect_ratio: int = 64,
@@ -91,6 +106,7 @@ class GPT(nn.Module):
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "h": nn.ModuleList(self._make_blocks(config)),
         })
+        assert len(self.transformer.h) == config.n_block
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def _make_blocks(self, config):
@@ -125,12 +141,13 @@ class GPT(nn.Module):
         """
         modes, levels, n = self.config.modes, self.config.levels, len(self.transformer.h)
         if widths is None:
-            return [self.config.n_embd] * n
+            return [self.config.top_width] * n
         if isinstance(widths, (str, int)):
             return [resolve_level(widths, modes, levels)] * n
         if isinstance(widths, torch.Tensor):
             if widths.dim() not in (2, 3) or widths.size(-1) != n:
-                raise ValueError(f"widths of shape {tuple(widths.shape)} do not fit: give (rows, {n}) or (rows, tokens, {n})")
+                raise ValueError(f"widths of shape {tuple(widths.shape)} do not fit: give (rows, {n}) or "
+                                 f"(rows, tokens, {n})")
             for level in widths.unique().tolist():
                 resolve_level(level, modes, levels)
             each = (widths if widths.dim() == 3 else widths[:, None]).unbind(-1)
@@ -139,13 +156,15 @@ class GPT(nn.Module):
             raise ValueError(f"{len(widths)} widths were given for {n} blocks")
         return [resolve_level(w, modes, levels) for w in widths]
 
-    def hidden(self, idx: torch.Tensor, widths=None, exits=None, cache=None, lengths=None) -> torch.Tensor:
+    def hidden(self, idx: torch.Tensor, widths=None, exits=None, cache=None, lengths=None, control=None) -> torch.Tensor:
         """
         idx (B, T) int64 -> the normed final hidden states (B, T, D). widths: see `resolve_widths`.
         exits: (B, T) int64 on the CPU, how many blocks update each token; the blocks behind only write its memory
         (keys, values, Mamba state), as decoding does (DESIGN 6). None: all blocks.
         cache: continue from it, and advance it by T tokens, or by lengths[r] in row r, whose other tokens are padding;
         without one, a sequence starts at position 0.
+        control: decides on the way. At every exit point, control(i, x, exits, levels) sees the state x (B, T, D) behind i
+        blocks and returns exits (B, T) and the levels of all blocks, changed only from block i on.
         """
         c, (B, T) = self.config, idx.shape
         if cache is not None:
@@ -157,15 +176,20 @@ class GPT(nn.Module):
         rope = rope_tables(positions, c.head_dim, c.rope_base)
         if exits is not None and (exits.shape != idx.shape or exits.min() < 1):
             raise ValueError(f"exits must be (rows, tokens) = ({B}, {T}) and at least 1")
-        deepest = len(self.transformer.h) if exits is None else int(exits.max())
+        if control is not None and exits is None:
+            exits = torch.full((B, T), c.n_block)
+        levels = self.resolve_widths(widths)
         x = norm(self.embed(self.transformer.wte, idx), c.d_ref, c.norm_eps)
-        for i, (block, level) in enumerate(zip(self.transformer.h, self.resolve_widths(widths))):
-            if i >= deepest and cache is None:
-                break  # nobody is left to be updated, and there is no memory to write
+        for i, block in enumerate(self.transformer.h):
+            if control is not None and i in c.exit_points:
+                exits, levels = control(i, x, exits, levels)
             active = None
             if exits is not None:
-                active = False if i >= deepest else (exits > i).to(idx.device)
-            level = level if isinstance(level, int) else level.expand(B, T)
+                deepest = int(exits.max())
+                if i >= deepest and cache is None:
+                    break  # nobody is left to be updated, and there is no memory to write
+                active = False if i >= deepest else None if i < int(exits.min()) else (exits > i).to(idx.device)
+            level = levels[i] if isinstance(levels[i], int) else levels[i].expand(B, T)
             x = block(x, level, rope, self.value(i, idx), cache[i] if cache is not None else None, active)
         if cache is not None:
             cache.advance()
@@ -195,17 +219,17 @@ class GPT(nn.Module):
         """Hidden states (..., D) -> logits (..., vocab), fp32."""
         return head_logits(h, self.lm_head.weight, self.config.softcap)
 
-    def cost(self, widths=None, context: float = 0) -> dict[str, Cost]:
+    def cost(self, widths=None, context: float = 0, depth: int | None = None) -> dict[str, Cost]:
         """
-        FLOPs of one token at these widths when attention sees `context` positions, in three parts: 'dynamic' (shrinks
-        with width), 'static' (Mamba mixers), 'head' (lm_head). Works on the meta device.
+        What one token costs that exits after `depth` blocks (None: all), at a mode, a width or a width per block, when
+        attention sees `context` positions, in three parts: 'dynamic' (shrinks with width), 'static' (Mamba mixers),
+        'head' (lm_head). Works on the meta device.
         """
-        dynamic = static = Cost()
-        for block, d in zip(self.transformer.h, self.resolve_widths(widths)):
-            a, b = block_cost(block, d, context)
-            dynamic, static = dynamic + a, static + b
-        return {"dynamic": dynamic, "static": static,
-                "head": Cost(matmul=2 * self.config.n_embd * self.config.vocab_size)}
+        parts = [block_cost(block, d, context, depth is not None and i >= depth)
+                 for i, (block, d) in enumerate(zip(self.transformer.h, self.resolve_widths(widths)))]
+        head = self.config.n_embd * self.config.vocab_size
+        return {"dynamic": sum((a for a, _ in parts), Cost()), "static": sum((b for _, b in parts), Cost()),
+                "head": Cost(matmul=2 * head, weights=head)}
 
     def num_params(self) -> dict[str, int]:
         """Parameters by part, counted from the modules."""

@@ -19,10 +19,12 @@ from nanochat.matryoshka import MLP, AttentionBlock, add_prefix, norm
 class HybridConfig(GPTConfig):
     """
     n_layer counts the base's layers; the hybrid has twice as many blocks. d_ref is the width of the base it was cut
-    from. mamba_group_width is the width that one group of B, C and of the gated norm serves: growth appends whole
-    groups, so that old ones stay as they are.
+    from. top_width is that of attention, MLP and value embeddings: n_embd, or less in an extracted sub-model.
+    mamba_group_width is the width that one group of B, C and of the gated norm serves: growth appends whole groups, so
+    that old ones stay as they are.
     """
     d_ref: int = 2048
+    top_width: int = 2048
     mamba_expand: int = 3
     mamba_headdim: int = 64
     mamba_d_state: int = 128
@@ -37,12 +39,26 @@ class HybridConfig(GPTConfig):
         if self.mamba_group_width % self.mamba_headdim:
             raise ValueError(f"the Mamba group width {self.mamba_group_width} is no multiple of its head dim "
                              f"{self.mamba_headdim}")
-        if self.d_ref > self.n_embd or self.d_ref % self.head_dim:
-            raise ValueError(f"d_ref {self.d_ref} must be a whole number of heads and at most the width {self.n_embd}")
+        for name in ("d_ref", "top_width"):
+            if getattr(self, name) > self.n_embd or getattr(self, name) % self.head_dim:
+                raise ValueError(f"{name} {getattr(self, name)} must be a whole number of heads and at most the width "
+                                 f"{self.n_embd}")
+
+    @property
+    def n_block(self) -> int:
+        return 2 * self.n_layer
 
     @property
     def d_inner(self) -> int:
         return self.mamba_expand * self.n_embd
+
+    @classmethod
+    def preset(cls, name: str, width: int = 2048) -> "HybridConfig":
+        """'d32', nanochat-d32's hybrid, at a stage's width: 2048, 2560 or 4096 (DESIGN 5). ValueError for others."""
+        if name != "d32" or width not in (2048, 2560, 4096):
+            raise ValueError(f"there is no preset {name} of width {width}: 'd32' has the widths 2048, 2560 and 4096")
+        n_head = width // 128
+        return cls(n_head=n_head, n_kv_head=n_head, n_embd=width, d_ref=2048, top_width=width)
 
     @classmethod
     def from_base(cls, base: GPTConfig) -> "HybridConfig":
@@ -54,7 +70,7 @@ class HybridConfig(GPTConfig):
         for headdim in (64, 32, 16):
             for ngroups in (8, 4, 2, 1):
                 if d_inner % (ngroups * headdim) == 0:
-                    return cls(**asdict(base), d_ref=base.n_embd, mamba_headdim=headdim,
+                    return cls(**asdict(base), d_ref=base.n_embd, top_width=base.n_embd, mamba_headdim=headdim,
                                mamba_d_state=128 if base.n_embd >= 1024 else 64, mamba_group_width=d_inner // ngroups)
         raise ValueError(f"width {base.n_embd} gives no whole SSM heads: choose a base whose width is a multiple of 16")
 
@@ -88,8 +104,7 @@ class HybridGPT(GPT):
     """
     def __init__(self, config: HybridConfig):
         super().__init__(config)
-        width = config.n_kv_head * config.head_dim
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, width)
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, block.attn.c_v.out_features)
                                            for i, block in enumerate(self.transformer.h)
                                            if block.kind == "attention" and block.attn.ve_gate is not None})
 

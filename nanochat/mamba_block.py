@@ -221,7 +221,8 @@ class Mamba2(nn.Module):
     def new_state(self, batch: int, device, dtype: torch.dtype) -> MambaState:
         """A zero state; dtype is that of the activations. Channels are contiguous in the conv state's memory."""
         conv = torch.zeros(batch, self.d_conv, self.conv_dim, device=device, dtype=dtype).mT
-        return MambaState(conv, torch.zeros(batch, self.nheads, self.headdim, self.d_state, device=device))
+        return MambaState(conv, torch.zeros(batch, self.nheads, self.headdim, self.d_state, device=device,
+                                            dtype=torch.promote_types(dtype, torch.float32)))
 
     def flops_per_token(self, write_only: bool = False) -> dict[str, int]:
         """
@@ -295,6 +296,9 @@ class Mamba2(nn.Module):
                 and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
             raise ValueError(f"lengths must lie in 0..T = {T}, got {lengths.tolist()}")
 
+    def _on_kernels(self, t):
+        return self.form == "cuda" and t.is_cuda
+
     def _chunk(self, device):
         # CPU: 64 to 128 measured best, the chunk's temporaries then fit the cache. GPU: mamba_ssm's default.
         return self.chunk_size or (64 if device.type == "cpu" else 256)
@@ -302,7 +306,9 @@ class Mamba2(nn.Module):
     def _mix(self, zxbcdt, state, lengths):
         """What lies between the projections: (B,T,z+x+B+C+dt) -> (B,T,d_inner); advances and records into the state."""
         conv_state, ssm_state = (None, None) if state is None else (state.conv_state, state.ssm_state)
-        if self.form == "cuda" and zxbcdt.is_cuda:
+        if state is not None and torch.is_grad_enabled():  # backward must not see what _store writes below
+            conv_state, ssm_state = conv_state.clone(), ssm_state.clone()
+        if self._on_kernels(zxbcdt):
             z, xBC, dt_raw = zxbcdt.split([self.d_inner, self.conv_dim, self.nheads], -1)
             y, last = self._cuda_scan(xBC, dt_raw, conv_state, ssm_state, lengths)
             y = self.norm(y, z)
@@ -317,7 +323,7 @@ class Mamba2(nn.Module):
 
     def _advance(self, xBC_dt, state, lengths, record=True):
         """Writes tokens into the state from their in_proj outputs (B,T,x+B+C+dt) alone."""
-        if self.form == "cuda" and xBC_dt.is_cuda:
+        if self._on_kernels(xBC_dt):
             xBC, dt_raw = xBC_dt.split([self.conv_dim, self.nheads], -1)
             _, last = self._cuda_scan(xBC, dt_raw, state.conv_state, state.ssm_state, lengths)
         else:
@@ -351,7 +357,7 @@ class Mamba2(nn.Module):
         window.copy_(tail)
         state.ssm_state.copy_(last.detach())
         if record and state._record is not None:
-            state._record.append((xBC.clone(), dt_raw.clone(), lengths))
+            state._record.append((xBC.clone(), dt_raw.clone(), None if lengths is None else lengths.clone()))
 
     def _step(self, u, state, write_only):
         """forward for one token without gradients: every temporary lives in the state's buffers."""
@@ -369,7 +375,7 @@ class Mamba2(nn.Module):
             state._record.append((xBC[:, None].clone(), dt_raw[:, None].clone(), None))
         dt = buffer("dt", b, self.nheads).copy_(dt_raw).add_(self.dt_bias)
         torch.ops.aten.softplus.out(dt, out=dt)
-        if self.form == "cuda" and u.is_cuda:
+        if self._on_kernels(u):
             y = kernels.cuda_step(xBC, dt, self.A_log, self.D, self.conv1d.weight.squeeze(1), self.conv1d.bias,
                                   state.conv_state, state.ssm_state, G)
         else:
@@ -399,7 +405,8 @@ class Mamba2(nn.Module):
         gate = buffer("gate", b, self.d_inner).copy_(zxbcdt[:, :self.d_inner])
         y.mul_(F.silu(gate, inplace=True).view(b, G, -1))
         square = torch.mul(y, y, out=buffer("square", b, G, self.d_inner // G))
-        r = torch.mean(square, -1, keepdim=True, out=buffer("r", b, G, 1)).add_(NORM_EPS).rsqrt_()
+        total = torch.sum(square, -1, keepdim=True, out=buffer("total", b, G, 1))
+        r = buffer("r", b, G, 1).fill_(NORM_EPS).add_(total, alpha=G / self.d_inner).rsqrt_()
         y = y.mul_(r).view(b, self.d_inner).mul_(self.norm.weight)
         y = buffer("normed", b, self.d_inner, dtype=dtype).copy_(y)
         return torch.mm(y, self.out_proj.weight.t().to(dtype)).unsqueeze(1)
@@ -418,7 +425,7 @@ class Mamba2(nn.Module):
         keep = torch.full((b,), keep, device=device) if isinstance(keep, int) else keep.to(device)
         counts = [xBC.size(1) if n is None else n for xBC, _, n in record]
         total = sum(counts) + torch.zeros_like(keep)                            # (B,) tokens recorded in each row
-        if keep.shape != (b,) or device.type == "cpu" and bool(((keep < 0) | (keep > total)).any()):
+        if keep.shape != (b,) or (device.type == "cpu" and bool(((keep < 0) | (keep > total)).any())):
             raise ValueError(f"keep must hold, for each of {b} rows, 0 to the number of tokens since the checkpoint "
                              f"({total.tolist()}), got {keep.tolist()}")
         state.conv_state.copy_(state._saved.conv_state)

@@ -35,7 +35,7 @@ def _chunk_terms(x, dt, A, B, C, dtype):
     grow = cum.exp().transpose(1, 2).unsqueeze(-1)                              # (b,Q,H,1) decay of the incoming state
     fade = (cum[..., -1:] - cum).exp().transpose(1, 2).unsqueeze(-1)            # (b,Q,H,1) decay until the chunk's end
     Bg = x.new_empty(b, G, Q, N, dtype=dtype).copy_(B.transpose(1, 2)).view(b * G, Q, N)
-    Xt = torch.mul(x, dt.unsqueeze(-1), out=x.new_empty(b, Q, H, P))                                                   # (b,Q,H,P)
+    Xt = torch.mul(x, dt.unsqueeze(-1), out=x.new_empty(b, Q, H, P))
     Xf = x.new_empty(b, G, Q, H // G, P, dtype=dtype)                           # inputs faded to the chunk's end
     _to(Xf.transpose(1, 2), Xt.view(b, Q, G, -1, P), fade.view(b, Q, G, -1, 1))
     Xf = Xf.view(b * G, Q, -1)                                                  # (bG,Q,RP)
@@ -55,8 +55,7 @@ def _chunk_forward(x, dt, A, B, C, D, S, S_copy):
     S_copy (bG,RP,N) in the compute dtype receives the incoming state.
     """
     b, Q, H, P = x.shape
-    G, N = B.shape[2:]
-    dtype = S_copy.dtype
+    G, dtype = B.size(2), S_copy.dtype
     _, grow, _, Bg, Xf, Cg, Xh, scores, L = _chunk_terms(x, dt, A, B, C, dtype)
     y = None
     if C is not None:
@@ -172,7 +171,15 @@ class _SSD(torch.autograd.Function):
         return dx.to(x.dtype), ddt.to(dt.dtype), dA, dB.to(B.dtype), dC.to(C.dtype), dD, None, dS
 
 
-def ssd(x, dt, A, B, C, D, chunk_size, initial_state=None):
+def ssd(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor,
+        chunk_size: int, initial_state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The selective state space scan in chunks (arXiv 2405.21060, section 6): per head h of group g
+        S_t = exp(dt_t A_h) S_(t-1) + dt_t x_t B_t^T,    y_t = S_t C_t + D_h x_t.
+    x (b,T,H,P), dt (b,T,H) >= 0, A (H) < 0, B and C (b,T,G,N), D (H), initial_state (b,H,P,N) or None for zeros
+    -> y (b,T,H,P) in x's dtype, final state (b,H,P,N) in fp32 (fp64 for fp64 x). Any T >= 1; time and memory O(T).
+    Matrix products run in x's dtype, the rest in fp32. Exact gradients for every tensor, initial_state included.
+    """
     return _SSD.apply(x, dt, A, B, C, D, chunk_size, initial_state)
 
 
@@ -211,6 +218,11 @@ def mixer(zxbcdt: torch.Tensor, conv_w: torch.Tensor, conv_b: torch.Tensor, dt_b
           D: torch.Tensor, norm_w: torch.Tensor, conv_state: torch.Tensor | None, ssm_state: torch.Tensor | None,
           lengths: torch.Tensor | None, ngroups: int, chunk_size: int, write_only: bool, save: bool,
           ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    zxbcdt (b,T,z+x+B+C+dt) -> out (b,T,d_inner) normed, ready for out_proj; y before the gated norm and the chunks'
+    incoming states (what backward needs, if save); final state (b,H,P,N). write_only: zxbcdt comes without z, and only
+    the final state is computed. No gradient flows into or out of the states. Parameters as in Mamba2, any dtype.
+    """
     d_inner, H, G = norm_w.numel(), D.numel(), ngroups
     conv_dim, K = conv_w.shape[0], conv_w.shape[-1]
     N, P = (conv_dim - d_inner) // (2 * G), d_inner // H

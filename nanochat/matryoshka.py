@@ -21,16 +21,17 @@ MODES = ("ghost", "whisper", "normal", "think", "god")  # names of the uniform l
 # ---------------------------------------------------------------------------------------------------------------------
 # Levels
 
-def mode_levels(width: int, d_ref: int, head_dim: int) -> dict[str, int]:
+def mode_levels(top: int, d_ref: int, head_dim: int) -> dict[str, int]:
     """
-    The uniform level each mode name stands for, in a model of full width `width` cut from a base of width `d_ref`.
-    For nanochat-d32 (2048, heads of 128): ghost 128, whisper 512, normal 1024, think 2048, god = `width`.
-    A smaller model scales them in whole heads: one head, a quarter, a half and all of `d_ref`.
+    The uniform level each mode name stands for, in a model cut from a base of width `d_ref` whose attention and MLP
+    have at most width `top`. For nanochat-d32 (2048, heads of 128): ghost 128, whisper 512, normal 1024, think 2048,
+    god = `top`. A smaller model scales them in whole heads: one head, a quarter, a half and all of `d_ref`. Modes wider
+    than `top` (an extracted sub-model has lost them) are left out.
     """
     def whole_heads(d):
         return max(head_dim, d // head_dim * head_dim)
-    return {"ghost": head_dim, "whisper": whole_heads(d_ref // 4), "normal": whole_heads(d_ref // 2),
-            "think": d_ref, "god": width}
+    modes = {"ghost": head_dim, "whisper": whole_heads(d_ref // 4), "normal": whole_heads(d_ref // 2), "think": d_ref}
+    return {name: d for name, d in modes.items() if d <= top} | {"god": top}
 
 
 def resolve_level(mode: str | int, modes: dict[str, int], levels: tuple[int, ...]) -> int:
@@ -157,18 +158,19 @@ class Attention(nn.Module):
     """
     def __init__(self, config, value_embedding: bool):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.head_dim, self.group = config.head_dim, config.n_head // config.n_kv_head
         self.d_ref, self.eps = config.d_ref, config.norm_eps
-        D, D_kv = config.n_embd, config.n_kv_head * config.head_dim
+        D = config.top_width
+        D_kv = self.n_kv(D) * self.head_dim
         self.c_q = nn.Linear(D, D, bias=False)
         self.c_k = nn.Linear(D, D_kv, bias=False)
         self.c_v = nn.Linear(D, D_kv, bias=False)
         self.c_proj = nn.Linear(D, D, bias=False)
-        self.ve_gate = nn.Linear(min(32, self.head_dim), self.n_kv_head, bias=False) if value_embedding else None
+        self.ve_gate = nn.Linear(min(32, self.head_dim), self.n_kv(D), bias=False) if value_embedding else None
 
     def n_kv(self, d: int) -> int:
         """Key/value heads in use at width d: those that the first d / head_dim query heads read."""
-        return -(-(d // self.head_dim) * self.n_kv_head // self.n_head)
+        return -(-(d // self.head_dim) // self.group)
 
     def _queries(self, d, u):
         return sliced_linear(u[..., :d], self.c_q.weight, d)
@@ -215,7 +217,7 @@ class Attention(nn.Module):
         elif not isinstance(level, int):
             mask, is_causal = head_mask(heads.to(x.device), d // hd), False
         if d // hd != k.size(1):
-            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1)[:, :d // hd] for t in (k, v))
+            k, v = (t.repeat_interleave(self.group, dim=1)[:, :d // hd] for t in (k, v))
         if is_causal:
             y = causal_attention(q, k, v)
         else:
@@ -229,8 +231,9 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.d_ref, self.eps = config.d_ref, config.norm_eps
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        D = config.top_width
+        self.c_fc = nn.Linear(D, 4 * D, bias=False)
+        self.c_proj = nn.Linear(4 * D, D, bias=False)
 
     def _update(self, d, x):
         u = norm(x[..., :d], self.d_ref, self.eps)
@@ -279,33 +282,49 @@ class AttentionBlock(nn.Module):
 
 class Cost(NamedTuple):
     """
-    FLOPs of one token (a multiply-add is 2): weight matrix products, attention scores and values, and the elementwise
-    rest of the Mamba mixer (convolution, recurrence). Costs add up with `+`.
+    What one token costs. FLOPs (a multiply-add is 2): `matmul` weight matrix products, `attention` scores and values,
+    `scan` the Mamba mixer's convolution and recurrence. Elements: `weights` read when a single token is decoded, `kv`
+    keys and values appended to the cache, `kv_read` those attended to, `state` Mamba state read and written.
+    Costs add up with `+`.
     """
-    matmul: float = 0.0
-    attention: float = 0.0
-    scan: float = 0.0
+    matmul: float = 0
+    attention: float = 0
+    scan: float = 0
+    weights: float = 0
+    kv: float = 0
+    kv_read: float = 0
+    state: float = 0
 
     def __add__(self, other):
         return Cost(*(a + b for a, b in zip(self, other)))
 
     @property
-    def total(self) -> float:
-        return sum(self)
+    def flops(self) -> float:
+        return self.matmul + self.attention + self.scan
+
+    def bytes_read(self, weight_size: int, kv_size: int) -> float:
+        """Bytes that decoding one token moves, with weights and keys/values of these sizes in bytes; states are fp32."""
+        return self.weights * weight_size + self.kv_read * kv_size + self.state * 4
 
 
-def block_cost(block: nn.Module, d: int, context: float) -> tuple[Cost, Cost]:
+def block_cost(block: nn.Module, d: int, context: float, exited: bool = False) -> tuple[Cost, Cost]:
     """
     (dynamic, static) cost of one token in `block` at width d when attention sees `context` positions: dynamic is what
-    shrinks with d (attention, MLP), static is the Mamba mixer, which always runs whole.
+    shrinks with d (attention, MLP), static is the Mamba mixer, which always runs whole. An exited token only writes its
+    memory: keys and values, or the Mamba state.
     """
-    mlp = Cost(matmul=2 * 8 * d * d)
+    mlp = Cost() if exited else Cost(matmul=2 * 8 * d * d, weights=8 * d * d)
     if block.kind == "attention":
         attn = block.attn
         d_kv = attn.n_kv(d) * attn.head_dim
-        matmul = 2 * (2 * d * d + 2 * d * d_kv)
+        weights = 2 * d * d_kv + (0 if exited else 2 * d * d)
         if attn.ve_gate is not None:
-            matmul += 2 * attn.ve_gate.in_features * attn.n_kv(d)
-        return mlp + Cost(matmul=matmul, attention=2 * 2 * context * d), Cost()
-    flops = block.mamba.flops_per_token()
-    return mlp, Cost(matmul=flops["in_proj"] + flops["out_proj"], scan=flops["conv"] + flops["scan"])
+            weights += attn.ve_gate.in_features * attn.n_kv(d)
+        # the table's row of a value embedding is read too, but not multiplied
+        table = d_kv if attn.ve_gate is not None else 0
+        own = Cost(matmul=2 * weights, weights=weights + table, kv=2 * d_kv)
+        return own + mlp + (Cost() if exited else Cost(attention=4 * context * d, kv_read=2 * context * d_kv)), Cost()
+    flops = block.mamba.flops_per_token(write_only=exited)
+    matmul = flops["in_proj"] + flops["out_proj"]
+    return mlp, Cost(matmul=matmul, scan=flops["conv"] + flops["scan"], weights=matmul / 2,
+                     state=2 * (block.mamba.conv_dim * block.mamba.d_conv + block.mamba.d_inner * block.mamba.d_state))

@@ -6,6 +6,8 @@ exact no-ops: the new writers into the residual stream (out_proj, c_proj) and th
 them has its reference initialisation, so all of it learns from the first step on (zero outgoing weights do; zero
 incoming ones would not).
 """
+from dataclasses import replace
+
 import torch
 
 from nanochat.checkpoint_manager import build_model
@@ -28,6 +30,21 @@ def insert(base: GPT, seed: int) -> HybridGPT:
         missing, unexpected = hybrid.transformer.h[2 * i].load_state_dict(block.state_dict(), strict=False)
         assert not unexpected and all("ve_gate" in k for k in missing)
     return hybrid
+
+
+@torch.no_grad()
+def extract(model: HybridGPT, mode: str | int) -> HybridGPT:
+    """
+    The sub-model of a uniform level as a model of its own: each attention and MLP matrix is the leading corner that the
+    level uses, all else is copied. ValueError for a base GPT or a level that the model does not have.
+    """
+    if not isinstance(model.config, HybridConfig):
+        raise ValueError("only a hybrid has sub-models to extract: make one with `python -m scripts.surgery`")
+    width = model.resolve_widths(mode)[0]
+    small = build_model(replace(model.config, top_width=width), model.device)
+    for name, p in small.named_parameters():
+        p.copy_(model.get_parameter(name)[tuple(slice(n) for n in p.shape)])
+    return small
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def main(argv=None):
     def backward(step, x, y, scale):
         return matryoshka_backward(model, x, y, [], scale)
 
-    flops = 3 * sum(c.total for c in model.cost(context=config.sequence_len / 2).values())
+    flops = 3 * sum(c.flops for c in model.cost(context=config.sequence_len / 2).values())
     print0(f"FLOPs per trained token {flops:,.0f}")
     optimizers = setup_optimizers(model, args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)
     figures = run.train(model, optimizers, tokenizer, data, backward, evaluate, passes, config.sequence_len, flops)

@@ -22,7 +22,7 @@ def main(argv=None):
     p.add_argument("--checkpoint", required=True, help="a model's folder (export or training), or the model.pt in it")
     p.add_argument("-p", "--prompt", default=None, help="answer this one and exit")
     p.add_argument("--chat", action="store_true", help="converse with the chat tokens (default: complete the text)")
-    p.add_argument("--mode", default="think", help="ghost, whisper, normal, think, or a width (default: think)")
+    p.add_argument("--mode", default="god", help="ghost, whisper, normal, think, god, or a width (default: god, the full width)")
     p.add_argument("--max-tokens", type=int, default=200, help="tokens to generate (default: 200)")
     p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     p.add_argument("--top-k", type=int, default=50, help="sample among this many likeliest tokens (default: 50)")
@@ -48,8 +48,8 @@ def main(argv=None):
 
         def counted():
             nonlocal count
-            for token in engine.generate(ids, args.max_tokens, args.mode, args.temperature, args.top_k, args.top_p,
-                                         args.seed, stop=(bos, end)):
+            for token in engine.generate(ids, args.max_tokens, mode=args.mode, temperature=args.temperature,
+                                         top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=(bos, end)):
                 count += 1
                 yield token
         for piece in engine.stream_text(counted()):

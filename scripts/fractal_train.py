@@ -103,7 +103,7 @@ def main(argv=None):
             students = narrow
         return matryoshka_backward(model, x, y, students, scale)
 
-    full = sum(c.total for c in model.cost(context=T / 2).values())
+    full = sum(c.flops for c in model.cost(context=T / 2).values())
     if not run.finished:
         rates = [lr * args.lr_scale for lr in (args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)]
         figures = run.train(model, setup_optimizers(model, *rates), tokenizer, data, backward, evaluate, passes, T, 3 * full)

@@ -24,7 +24,7 @@ def greedy(model, prompt, n, mode):
 @pytest.mark.parametrize("mode", ["ghost", "whisper", "normal", "think", 32])
 def test_greedy_decode_equals_recomputation(hybrid, mode):
     prompt = [5, 17, 250, 3]
-    assert list(Engine(hybrid, None).generate(prompt, 20, mode, temperature=0)) == greedy(hybrid, prompt, 20, mode)
+    assert list(Engine(hybrid, None).generate(prompt, 20, mode=mode, temperature=0)) == greedy(hybrid, prompt, 20, mode)
 
 
 def test_base_models_generate_too(base):
@@ -99,3 +99,106 @@ def test_inference_weights_are_bf16_except_the_ssm(hybrid, tokens, monkeypatch):
         fp32 = ".mamba." in n and n.endswith(FP32_PARAMS)
         assert p.dtype == (torch.float32 if fp32 else torch.bfloat16), n
     assert (hybrid(tokens) - want).abs().max() < 0.15 * want.std()
+
+
+PROMPTS = [[5, 17, 250, 3], [9], [7, 7, 7, 1, 2, 3, 4, 5, 6, 8, 200], [100, 3], [1, 2, 3], [4] * 20, [12, 13], [299, 0]]
+
+
+def collect(engine, prompts, n, **options):
+    out = [[] for _ in prompts]
+    for pairs in engine.stream(prompts, n, **options):
+        for row, token in pairs:
+            out[row].append(token)
+    return out
+
+
+def near_tie(model, ids, mode, depth=None):
+    """Whether the two likeliest next tokens are within 1e-4, where rounding may decide."""
+    top = model(torch.tensor([ids]), widths=mode).detach()[0, -1].topk(2).values
+    return float(top[0] - top[1]) < 1e-4
+
+
+def test_ragged_batch_equals_single_rows_token_for_token(hybrid):
+    """Eight rows of different lengths, widths, depths and ends."""
+    engine = Engine(hybrid, None)
+    modes = ["think", "ghost", "normal", "whisper", 32, "think", "normal", "ghost"]
+    depths = [None, 2, 4, None, 6, 3, None, 5]
+    stop = [17, 250]
+    together = collect(engine, PROMPTS, 15, mode=modes, depth=depths, temperature=0, stop=stop)
+    for r, prompt in enumerate(PROMPTS):
+        alone = collect(engine, [prompt], 15, mode=modes[r], depth=depths[r], temperature=0, stop=stop)[0]
+        at = next((i for i, (a, b) in enumerate(zip(together[r], alone)) if a != b), None)
+        assert at is None or near_tie(hybrid, prompt + alone[:at], modes[r])
+        assert at is not None or together[r] == alone
+    assert len({tuple(t) for t in together}) > 4
+
+
+def test_depth_equals_the_parallel_form(hybrid):
+    prompt, n = [5, 17, 250, 3], 12
+    got = list(Engine(hybrid, None).generate(prompt, n, depth=3, temperature=0))
+    ids = prompt + got
+    exits = torch.tensor([[6] * 4 + [3] * n])  # the last prompt token runs whole: it gives the first token
+    want = hybrid(torch.tensor([ids]), exits=exits).argmax(-1)[0, 3:-1]
+    assert got == want.tolist()
+
+
+def test_a_row_draws_the_same_whatever_is_beside_it(hybrid):
+    engine = Engine(hybrid, None)
+    together = collect(engine, PROMPTS[:3], 20, temperature=1.0, top_k=20, seed=5)
+    for r in range(3):
+        assert together[r] == list(engine.generate(PROMPTS[r], 20, temperature=1.0, top_k=20, seed=5 + r))
+
+
+def test_a_full_context_slides_on_request(hybrid):
+    """It goes on from the last half of the context, as if that had been the prompt."""
+    engine, prompt = Engine(hybrid, None), [3] * 50
+    got = list(engine.generate(prompt, 40, temperature=0, overflow="slide"))
+    assert len(got) == 40
+    ids = prompt + got
+    first = 64 - 50 + 1  # tokens until the context was full
+    again = list(engine.generate(ids[50 + first - 32:50 + first], 40 - first, temperature=0))
+    assert got[first:] == again
+    mixed = collect(engine, [prompt, [1, 2]], 40, temperature=0, overflow="slide")
+    assert mixed == [got, list(engine.generate([1, 2], 40, temperature=0))]
+
+
+class Controls:
+    """Stands for trained controls: arbitrary but fixed decisions, and a record of them."""
+    def __init__(self, n_block):
+        self.n_block, self.exits, self.levels = n_block, [], []
+
+    def plan(self, prompts):
+        return torch.tensor([[16 if len(p) % 2 else 32] * self.n_block for p in prompts])
+
+    def __call__(self, rows, i, x, exits, levels):
+        assert x.shape[:2] == exits.shape
+        score = (x[:, -1, 0] * 10 % 3).long().cpu()
+        exits = torch.where((score == 0)[:, None] & (exits > i), i, exits)
+        if i == 4:
+            grown = torch.where((score == 1)[:, None], 64, torch.as_tensor(levels[i]).expand(len(rows), 1))
+            levels = levels[:i] + [grown] * (self.n_block - i)
+        self.record = exits, levels
+        return exits, levels
+
+
+def test_auto_follows_its_controls(hybrid):
+    """Decoding with controls equals the parallel form with the widths and exits that they chose."""
+    engine, control, prompt, n = Engine(hybrid, None), Controls(6), [5, 17, 250], 16
+    steps, got = [], []
+    for pairs in engine.stream([prompt], n, mode="auto", control=control, temperature=0):
+        got += [t for _, t in pairs]
+        steps.append(getattr(control, "record", None))
+    exits = torch.cat([torch.full((1, 3), 6), *(s[0] for s in steps[1:])], 1)
+    levels = [torch.tensor([[int(torch.as_tensor(w).flatten()[0]) for w in s[1]]]) for s in steps[1:]]
+    widths = torch.cat([torch.full((1, 3, 6), 16), torch.stack(levels, 1)], 1)
+    assert len(set(exits.flatten().tolist())) > 1 and len(widths.unique()) > 1
+    want = hybrid(torch.tensor([prompt + got[:-1]]), widths=widths, exits=exits).argmax(-1)[0, 2:]
+    assert got == want.tolist()
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"mode": "auto"}, "'auto' needs trained controls"), ({"depth": 7}, "depth 7 is out of range"),
+    ({"mode": ["think"] * 3}, "3 modes were given for 1 prompts"), ({"overflow": "wrap"}, "choose 'stop' or 'slide'")])
+def test_bad_options_are_named(hybrid, options, words):
+    with pytest.raises(ValueError, match=words):
+        list(Engine(hybrid, None).generate([1], 3, **options))

@@ -6,7 +6,7 @@ from nanochat.cache import MatryoshkaKVCache
 from nanochat.checkpoint_manager import build_model
 from nanochat.gpt import GPTConfig
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
-from nanochat.surgery import insert, probe
+from nanochat.surgery import extract, insert, probe
 
 
 def test_stage_1_of_d32_has_the_documented_sizes():
@@ -101,3 +101,71 @@ def test_any_depths_width_makes_a_hybrid(width):
 def test_model_builds_on_meta_and_materialises(hybrid_config):
     model = build_model(hybrid_config)
     assert model.device.type == "cpu" and not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
+
+
+@pytest.mark.parametrize("width, total, ngroups", [(2048, 6.450, 8), (2560, 9.323, 10), (4096, 20.966, 16)])
+def test_presets_have_the_documented_sizes(width, total, ngroups):
+    config = HybridConfig.preset("d32", width)
+    with torch.device("meta"):
+        model = HybridGPT(config)
+    assert round(model.num_params()["total"] / 1e9, 3) == total
+    assert model.transformer.h[1].mamba.ngroups == ngroups
+    assert config.exit_points == (16, 24, 32, 40, 48, 56)
+    assert set(config.levels) == {128, 512, 1024, 2048, width}
+
+
+def test_shares_of_the_first_stage_are_as_designed():
+    """DESIGN 3: 0.39, 6.25 and 25 % of the dynamic matmuls, but 36, 40 and 52 % of the whole model."""
+    with torch.device("meta"):
+        model = HybridGPT(HybridConfig.preset("d32"))
+    whole = {}
+    for mode in ("ghost", "whisper", "normal", "think"):
+        cost = model.cost(mode, 1024)
+        whole[mode] = sum(c.flops for c in cost.values())
+    assert [round(100 * whole[m] / whole["think"]) for m in ("ghost", "whisper", "normal")] == [36, 40, 52]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["ghost", "normal", "think"])
+def test_extracted_equals_sliced(hybrid, tokens, mode):
+    small = extract(hybrid, mode)
+    assert (small(tokens) - hybrid(tokens, widths=mode)).abs().max() <= 1e-5
+    assert small.num_params()["total"] < hybrid.num_params()["total"] or mode == "think"
+    assert list(small.config.levels) == [d for d in hybrid.config.levels if d <= small.config.top_width]
+
+
+def test_gradients_of_a_slice_equal_the_extracted_models(hybrid, tokens):
+    small = extract(hybrid, "normal")
+    for model in (hybrid, small):
+        loss, _ = model(tokens[:, :-1], tokens[:, 1:], widths="normal")
+        loss.backward()
+    for name, p in small.named_parameters():
+        corner = tuple(slice(n) for n in p.shape)
+        whole = hybrid.get_parameter(name).grad
+        torch.testing.assert_close(whole[corner], p.grad, atol=1e-6, rtol=1e-4)
+        assert whole.count_nonzero() == whole[corner].count_nonzero()
+
+
+@torch.no_grad()
+def test_a_hybrid_whose_mamba_blocks_are_skipped_is_the_base(hybrid, base, tokens):
+    """The attention blocks are the base's own code: with its weights, and Mamba blocks writing nothing, it is the base."""
+    for i, block in enumerate(base.transformer.h):
+        hybrid.transformer.h[2 * i].load_state_dict(block.state_dict(), strict=False)
+        hybrid.transformer.h[2 * i + 1].mamba.out_proj.weight.zero_()
+        hybrid.transformer.h[2 * i + 1].mlp.c_proj.weight.zero_()
+    for table in hybrid.value_embeds.values():
+        table.weight.zero_()
+    hybrid.transformer.wte.load_state_dict(base.transformer.wte.state_dict())
+    hybrid.lm_head.load_state_dict(base.lm_head.state_dict())
+    for mode in ("normal", "think"):
+        torch.testing.assert_close(hybrid(tokens, widths=mode), base(tokens, widths=mode), atol=1e-5, rtol=1e-5)
+
+
+def test_extraction_refuses_what_it_cannot_do(base):
+    with pytest.raises(ValueError, match="only a hybrid"):
+        extract(base, "normal")
+
+
+def test_unknown_presets_are_named():
+    with pytest.raises(ValueError, match="the widths 2048, 2560 and 4096"):
+        HybridConfig.preset("d32", 3072)

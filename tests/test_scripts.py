@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as ckpt
-from scripts import base_train, chat_cli, fractal_eval, fractal_train, surgery, tok_train
+from scripts import base_train, chat_cli, extract, fractal_eval, fractal_train, surgery, tok_train
 
 SMALL = ["--device-batch-size", "4", "--total-batch-size", "256", "--eval-tokens", "512", "--eval-every", "-1",
          "--log-every", "5"]
@@ -31,7 +31,8 @@ def home(tmp_path_factory):
 
 
 def base_args(home):
-    return ["--depth", "2", "--aspect-ratio", "32", "--head-dim", "16", "--max-seq-len", "64", "--data", str(home / "docs"), *SMALL]
+    return ["--depth", "2", "--aspect-ratio", "32", "--head-dim", "16", "--max-seq-len", "64",
+            "--data", str(home / "docs"), *SMALL]
 
 
 @pytest.fixture
@@ -72,6 +73,9 @@ def test_the_whole_pipeline(home, cwd, capsys):
     out = capsys.readouterr()
     assert out.out.startswith("Line 7") and "mode ghost" in out.err
     chat_cli.main(["--checkpoint", str(unfrozen), "--chat", "-p", "Hello", "--max-tokens", "5"])
+    assert extract.main(["--checkpoint", str(unfrozen), "--mode", "normal", "--dst", str(cwd / "small")]) <= 1e-4
+    again = fractal_eval.main(["--checkpoint", str(cwd / "small"), "--data", str(home / "docs"), "--eval-tokens", "512"])
+    assert again["modes"]["normal"]["bpb"] == pytest.approx(modes["normal"]["bpb"], rel=1e-6)
 
 
 def test_surgery_of_a_base_evaluates_the_same(home, cwd):
@@ -171,6 +175,8 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
     fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--sample-dim", *docs], "no effect without --matryoshka")
     fails(capsys, fractal_train.main, ["--checkpoint", str(cwd / "none")], "no model folder", "scripts.surgery")
     fails(capsys, fractal_eval.main, ["--checkpoint", hybrid, "--eval-tokens", "0"], "at least 1")
+    fails(capsys, extract.main, ["--checkpoint", hybrid, "--mode", "normal", "--dst", base], "not empty")
+    fails(capsys, extract.main, ["--checkpoint", base, "--mode", "normal", "--dst", str(cwd / "new")], "only a hybrid")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "loud", "-p", "x"], "unknown mode 'loud'", "ghost")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "48", "-p", "x"], "48 is not a level", "32, 64")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "-p", "x" * 500], "the model's context is 64")
@@ -188,7 +194,8 @@ def test_damaged_checkpoints_are_named(home, cwd, capsys):
     fails(capsys, chat_cli.main, ["--checkpoint", str(hybrid), "-p", "x"], "model.pt", "truncated", "again")
     state["extra.weight"] = state.pop("lm_head.weight")
     torch.save(state, hybrid / "model.pt")
-    fails(capsys, chat_cli.main, ["--checkpoint", str(hybrid), "-p", "x"], "missing lm_head.weight", "unexpected extra.weight")
+    fails(capsys, chat_cli.main, ["--checkpoint", str(hybrid), "-p", "x"], "missing lm_head.weight",
+          "unexpected extra.weight")
     os.unlink(hybrid / "model.pt")
     fails(capsys, chat_cli.main, ["--checkpoint", str(hybrid), "-p", "x"], "no checkpoint file")
 
@@ -215,10 +222,10 @@ def test_wandb_logs_offline(home, cwd, monkeypatch):
     assert list((cwd / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-@pytest.mark.parametrize("script", [base_train, chat_cli, fractal_eval, fractal_train, surgery, tok_train])
+@pytest.mark.parametrize("script", [base_train, chat_cli, extract, fractal_eval, fractal_train, surgery, tok_train])
 def test_every_flag_has_help(script, capsys):
     with pytest.raises(SystemExit) as e:
         script.main(["--help"])
     assert e.value.code == 0
     flags = [x.strip() for x in capsys.readouterr().out.splitlines() if x.startswith("  -")]
-    assert len(flags) >= 5
+    assert len(flags) >= 4

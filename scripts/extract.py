@@ -1,0 +1,46 @@
+"""
+Writes the sub-model of one level as a checkpoint of its own: attention and MLP matrices cut to the level, Mamba and the
+head as they are. It computes the same logits as the large model does in that mode, from a smaller file.
+
+    python -m scripts.extract --checkpoint $NANOCHAT_BASE_DIR/fractal_checkpoints/d4_256_unfrozen --mode normal --dst normal/
+"""
+import argparse
+from pathlib import Path
+
+import torch
+
+from nanochat import checkpoint_manager as ckpt
+from nanochat.common import cli, print0
+from nanochat.surgery import MAX_DELTA, extract
+
+
+@cli
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Write the sub-model of one level as a checkpoint of its own.")
+    p.add_argument("--checkpoint", required=True, help="the hybrid: a folder (export or training), or the model.pt in it")
+    p.add_argument("--mode", required=True, help="ghost, whisper, normal, think, or a width")
+    p.add_argument("--dst", required=True, help="folder to write")
+    args = p.parse_args(argv)
+
+    model, tokenizer_dir, info = ckpt.load_any(args.checkpoint)
+    dst = Path(args.dst).expanduser()
+    if dst.exists() and any(dst.iterdir()):
+        raise ValueError(f"{dst} is not empty: name a new folder")
+    small = extract(model, args.mode)
+    before, after = (m.num_params()["total"] for m in (model, small))
+    print0(f"parameters {before:,} -> {after:,} at width {small.config.top_width}")
+    idx = torch.randint(model.config.vocab_size, (2, min(256, model.config.sequence_len)))
+    with torch.no_grad():
+        delta = float((model(idx, widths=args.mode) - small(idx)).abs().max())
+    print0(f"max |delta logit| against mode {args.mode}: {delta:.2e}")
+    if not delta <= MAX_DELTA:
+        raise ValueError(f"the sub-model differs by more than {MAX_DELTA}: nothing was written")
+    ckpt.save_export(dst, small, tokenizer_dir, {
+        "tag": info.get("tag"), "provenance": {"extracted": args.mode, "source": str(args.checkpoint),
+                                               "from": info.get("provenance")}, "proof": {"max_delta_logit": delta}})
+    print0(f"wrote {dst}")
+    return delta
+
+
+if __name__ == "__main__":
+    main()
