@@ -243,7 +243,8 @@ def mixer(zxbcdt: torch.Tensor, conv_w: torch.Tensor, conv_b: torch.Tensor, dt_b
         if ssm_state is not None:
             S.view(b, H, P, N).copy_(ssm_state)
         nc = -(-T // chunk_size)
-        states = zxbcdt.new_empty(nc if save else 1, *S.shape)
+        states = zxbcdt.new_empty((nc, *S.shape) if save else 0)
+        S_copy = torch.empty_like(S, dtype=dtype)
         ys = zxbcdt.new_empty((b, T, d_inner) if save else 0)
         out = zxbcdt.new_empty((b, T, d_inner) if not write_only else 0)
         for i, t0 in enumerate(range(0, T, chunk_size)):
@@ -253,7 +254,7 @@ def mixer(zxbcdt: torch.Tensor, conv_w: torch.Tensor, conv_b: torch.Tensor, dt_b
             act = F.silu(pre, inplace=True)
             x, B = act[..., :d_inner].view(b, Q, H, P), act[..., d_inner:d_inner + G * N].view(b, Q, G, N)
             C = None if write_only else act[..., d_inner + G * N:].view(b, Q, G, N)
-            y = _chunk_forward(x, dt[:, t0:t1], A, B, C, Dp, S, states[i if save else 0])
+            y = _chunk_forward(x, dt[:, t0:t1], A, B, C, Dp, S, states[i] if save else S_copy)
             if write_only:
                 continue
             y = y.view(b, Q, d_inner)
@@ -273,7 +274,7 @@ def _(zxbcdt, conv_w, conv_b, dt_bias, A_log, D, norm_w, conv_state, ssm_state, 
     N, acc = (conv_dim - d_inner) // (2 * ngroups), torch.promote_types(zxbcdt.dtype, torch.float32)
     nc = -(-T // chunk_size)
     return (zxbcdt.new_empty((b, T, d_inner) if not write_only else 0), zxbcdt.new_empty((b, T, d_inner) if save else 0),
-            zxbcdt.new_empty(nc if save else 1, b * ngroups, d_inner // ngroups, N),
+            zxbcdt.new_empty((nc, b * ngroups, d_inner // ngroups, N) if save else 0),
             zxbcdt.new_empty(b, H, d_inner // H, N, dtype=acc))
 
 
@@ -317,7 +318,7 @@ def mixer_backward(dout: torch.Tensor, ys: torch.Tensor, states: torch.Tensor, z
             dnw += gu.sum((0, 1))
             m = gu.mul_(nw).view(b, Q, G, -1).mean(-1, keepdim=True)
             dv = (g * nw).view(b, Q, G, -1).sub_(u.mul_(m)).mul_(r).view(b, Q, d_inner)
-            dz[:, t0:t1] = torch.ops.aten.silu_backward(y.mul_(dv), zc)
+            dz[:, t0:t1] = torch.ops.aten.silu_backward(y * dv, zc)
             dy = dv.mul_(gate).view(b, Q, H, P)
             dact = torch.empty_like(act)
             dx, dB, dC = dact.split([d_inner, G * N, G * N], -1)
