@@ -19,8 +19,13 @@ CHUNK = 16
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def same_start():
+    """The same seed for each test; and one thread: on tiny sizes others only wait for each other, long on a busy machine."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(d_model=32, dtype=torch.float32, randomise=True, **kw):
