@@ -5,7 +5,11 @@ SSM state of every Mamba block, in one object of bounded size, allocated once.
 Rows may stand at different positions. A position keeps the heads it was computed with, and a query head sees the
 positions that have that head (DESIGN 7); while a block's width never changes there is no mask for that.
 """
+import copy
+
 import torch
+
+from nanochat.mamba_block import WINDOW, MambaState
 
 
 class KVView:
@@ -52,8 +56,28 @@ class KVView:
                                 device=self.k.device)
         self.width = None
 
-    def tensors(self):
-        return [t for t in (self.k, self.v, self.heads) if t is not None]
+    def checkpoint(self, window: int) -> None:
+        """Nothing to do: positions ahead of the cache's are never read."""
+
+    def rollback(self, block, keep: torch.Tensor) -> None:
+        """Likewise."""
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.k, self.v = self.k[rows], self.v[rows]
+        self.heads = None if self.heads is None else self.heads[rows]
+
+    def append(self, other: "KVView") -> None:
+        if self.heads is not None or other.heads is not None or self.width != other.width:
+            for view in (self, other):
+                if view.heads is None:
+                    view._differ()
+            self.heads = torch.cat((self.heads, other.heads))
+        self.k, self.v = torch.cat((self.k, other.k)), torch.cat((self.v, other.v))
+
+    def clone(self, owner) -> "KVView":
+        twin = KVView(owner, self.k.clone(), self.v.clone())
+        twin.width, twin.heads = self.width, None if self.heads is None else self.heads.clone()
+        return twin
 
 
 class MambaView:
@@ -65,8 +89,21 @@ class MambaView:
         """The mixer's output for u (B, T, D), or None if write_only; the state advances by the valid tokens."""
         return mixer(u, self.state, write_only=write_only, lengths=self.owner.lengths)
 
-    def tensors(self):
-        return [self.state.conv_state, self.state.ssm_state]
+    def checkpoint(self, window: int) -> None:
+        self.state.checkpoint(window)
+
+    def rollback(self, block, keep: torch.Tensor) -> None:
+        block.mamba.rollback(self.state, keep)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.state = self.state[rows]
+
+    def append(self, other: "MambaView") -> None:
+        a, b = self.state, other.state
+        self.state = MambaState(torch.cat((a.conv_state.mT, b.conv_state.mT)).mT, torch.cat((a.ssm_state, b.ssm_state)))
+
+    def clone(self, owner) -> "MambaView":
+        return MambaView(owner, self.state.clone())
 
 
 class MatryoshkaKVCache:
@@ -80,7 +117,7 @@ class MatryoshkaKVCache:
             raise ValueError(f"a cache of {length} tokens exceeds the model's context of {c.sequence_len}: "
                              "give a shorter prompt or ask for fewer tokens")
         self.pos, self.length, self.device = [0] * batch, length, device
-        self.views = []
+        self.blocks, self.views, self._saved_pos = model.transformer.h, [], None
         for block in model.transformer.h:
             if block.kind == "attention":
                 shape = (batch, c.n_kv_head, length, c.head_dim)
@@ -131,46 +168,47 @@ class MatryoshkaKVCache:
         """The announced tokens have been written by every block."""
         self.pos = self.ends
 
+    # --- going back
+
+    def checkpoint(self, window: int = WINDOW) -> None:
+        """From here on the cache can be truncated to any position of the next `window` tokens of a row."""
+        self._saved_pos = list(self.pos)
+        for view in self.views:
+            view.checkpoint(window)
+
+    def truncate(self, pos: list[int]) -> None:
+        """
+        Takes each row back to an earlier position, as if it had never gone on. Mamba states go back to the checkpoint
+        and replay the tokens since; so ValueError for a position before it, or ahead of the row.
+        """
+        keep = [p - start for p, start in zip(pos, self._saved_pos or [])]
+        if len(keep) != len(self.pos) or min(keep) < 0 or any(p > at for p, at in zip(pos, self.pos)):
+            raise ValueError(f"rows at {self.pos} cannot go back to {pos}: a position must lie between the last "
+                             f"checkpoint ({self._saved_pos}) and the row's own")
+        index = torch.tensor(keep, device=self.device)
+        for block, view in zip(self.blocks, self.views):
+            view.rollback(block, index)
+        self.pos, self._saved_pos = list(pos), list(pos)
+
     # --- rows
 
     def keep(self, rows: list[int]) -> None:
-        """Keeps these rows, in this order; the others are gone and their memory is freed."""
+        """Keeps these rows, in this order; the others are gone. A checkpoint is dropped."""
         index = torch.tensor(rows, dtype=torch.long, device=self.device)
-        self._map(lambda t: t[index])
-        self.pos = [self.pos[r] for r in rows]
+        for view in self.views:
+            view.keep(index)
+        self.pos, self._saved_pos = [self.pos[r] for r in rows], None
 
     def append(self, other: "MatryoshkaKVCache") -> None:
-        """Adds the rows of another cache of the same model and length."""
+        """Adds the rows of another cache of the same model and length. A checkpoint is dropped."""
         assert other.length == self.length, "caches of different lengths cannot be joined"
         for mine, its in zip(self.views, other.views):
-            if isinstance(mine, KVView) and (mine.heads is not None or its.heads is not None or mine.width != its.width):
-                for view in (mine, its):
-                    if view.heads is None:
-                        view._differ()
-        pieces = [t for view in other.views for t in view.tensors()]
-        self._map(lambda t: torch.cat((t, pieces.pop(0))))
-        self.pos = self.pos + other.pos
+            mine.append(its)
+        self.pos, self._saved_pos = self.pos + other.pos, None
 
     def clone(self) -> "MatryoshkaKVCache":
-        """A copy that shares no memory."""
-        copy = object.__new__(MatryoshkaKVCache)
-        copy.pos, copy.length, copy.device = list(self.pos), self.length, self.device
-        copy.views = []
-        for view in self.views:
-            if isinstance(view, KVView):
-                twin = KVView(copy, view.k, view.v)
-                twin.width, twin.heads = view.width, view.heads
-            else:
-                twin = MambaView(copy, type(view.state)(view.state.conv_state, view.state.ssm_state))
-            copy.views.append(twin)
-        copy._map(torch.clone)
-        return copy
-
-    def _map(self, fn) -> None:
-        """Replaces every tensor by fn of it, in a fixed order."""
-        for view in self.views:
-            if isinstance(view, KVView):
-                view.k, view.v = fn(view.k), fn(view.v)
-                view.heads = None if view.heads is None else fn(view.heads)
-            else:
-                view.state.conv_state, view.state.ssm_state = fn(view.state.conv_state), fn(view.state.ssm_state)
+        """A copy that shares no memory, without a checkpoint."""
+        twin = copy.copy(self)
+        twin.pos, twin._saved_pos = list(self.pos), None
+        twin.views = [view.clone(twin) for view in self.views]
+        return twin

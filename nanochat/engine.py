@@ -72,8 +72,8 @@ class Engine:
         Yields, a step at a time, [(row, token id), ...] of the rows that are still going; a row ends after max_tokens
         or before a token in `stop`.
 
-        mode: a mode name or width (None: full) for all rows, or a list with one per row. depth: after how many blocks generated
-        tokens exit (None: none does; prompts run all blocks), for all or a list with one per row.
+        mode: a mode name or width (None: full) for all rows, or a list with one per row.
+        depth: after how many blocks generated tokens exit (None: none does; prompts run all blocks), likewise.
         seed: row r draws with seed + r, so a row does not depend on the others.
         overflow: where a row fills the model's context, 'stop' ends it, 'slide' goes on from the last half of it.
         control: the trained controls, for mode 'auto': control.plan(prompts) gives the widths (rows, n_block), and
@@ -95,8 +95,8 @@ class Engine:
                 raise ValueError(f"depth {d} is out of range: this model has {n_block} blocks")
         if "auto" in modes:
             if control is None:
-                raise ValueError("mode 'auto' needs trained controls, and this checkpoint has none: choose ghost, whisper, "
-                                 "normal or think")
+                raise ValueError("mode 'auto' needs trained controls, and this checkpoint has none: choose ghost, "
+                                 "whisper, normal or think")
             widths = control.plan(prompts)
         else:
             widths = torch.tensor([model.resolve_widths(m) for m in modes])  # (rows, n_block)

@@ -368,8 +368,11 @@ class Mamba2(nn.Module):
         def buffer(name, *shape, dtype=acc):
             return state._buffer(name, *shape, dtype=dtype)
 
+        # oneDNN's bf16 product of one row is slower than of two (59 MB of weights: 3.9 against 2.4 ms), so it gets two.
+        rows = 2 if b == 1 and dtype == torch.bfloat16 and u.device.type == "cpu" else b
         W = self.in_proj.weight[skip:].to(dtype)
-        zxbcdt = torch.mm(u.view(b, -1), W.t(), out=buffer("zxbcdt", b, W.size(0), dtype=dtype))
+        u = buffer("u", rows, self.d_model, dtype=dtype).copy_(u.reshape(b, -1))
+        zxbcdt = torch.mm(u, W.t(), out=buffer("zxbcdt", rows, W.size(0), dtype=dtype))[:b]
         xBC, dt_raw = zxbcdt[:, self.d_inner - skip:-self.nheads], zxbcdt[:, -self.nheads:]
         if state._record is not None:
             state._record.append((xBC[:, None].clone(), dt_raw[:, None].clone(), None))
@@ -396,8 +399,9 @@ class Mamba2(nn.Module):
             S.view(b, G, -1, N).addcmul_(Xt.view(b, G, -1, 1), B.view(b, G, 1, N))
             if write_only:
                 return None
-            C = buffer("C", b, G, N).copy_(C.view(b, G, N)).view(b * G, N, 1)
-            y = torch.bmm(S.view(b * G, -1, N), C, out=buffer("y", b * G, self.d_inner // G, 1))
+            C = buffer("C", b, G, N).copy_(C.view(b, G, N)).view(b * G, 1, N)
+            # the row times the matrix: four times faster here than the matrix times the column
+            y = torch.bmm(C, S.view(b * G, -1, N).mT, out=buffer("y", b * G, 1, self.d_inner // G))
             y = y.view(b, self.nheads, P).addcmul_(x, self.D.unsqueeze(-1))
         if write_only:
             return None
@@ -408,8 +412,8 @@ class Mamba2(nn.Module):
         total = torch.sum(square, -1, keepdim=True, out=buffer("total", b, G, 1))
         r = buffer("r", b, G, 1).fill_(NORM_EPS).add_(total, alpha=G / self.d_inner).rsqrt_()
         y = y.mul_(r).view(b, self.d_inner).mul_(self.norm.weight)
-        y = buffer("normed", b, self.d_inner, dtype=dtype).copy_(y)
-        return torch.mm(y, self.out_proj.weight.t().to(dtype)).unsqueeze(1)
+        y = buffer("normed", rows, self.d_inner, dtype=dtype).copy_(y)
+        return torch.mm(y, self.out_proj.weight.t().to(dtype))[:b].unsqueeze(1)
 
     @torch.no_grad()
     def rollback(self, state: MambaState, keep: int | torch.Tensor) -> None:

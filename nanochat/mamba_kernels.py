@@ -202,10 +202,11 @@ def _conv_chunk(xBC, past, t0, t1, weight, bias):
 
 
 def _gated_norm(y, z, weight, groups):
-    """RMSNorm over each group of y * silu(z), all acc. Returns the normed value, silu(z), y * silu(z), 1 / rms."""
+    """RMSNorm over each group of y * silu(z), all acc. Returns silu(z), y * silu(z) and 1 / rms (b,Q,G,1)."""
     gate = F.silu(z)
     v = y * gate
-    r = v.view(*v.shape[:-1], groups, -1).square().mean(-1, keepdim=True).add_(NORM_EPS).rsqrt_()
+    length = torch.linalg.vector_norm(v.view(*v.shape[:-1], groups, -1), dim=-1, keepdim=True)  # (b,Q,G,1)
+    r = length.square_().mul_(groups / v.size(-1)).add_(NORM_EPS).rsqrt_()
     return gate, v, r
 
 

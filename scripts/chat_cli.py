@@ -22,7 +22,8 @@ def main(argv=None):
     p.add_argument("--checkpoint", required=True, help="a model's folder (export or training), or the model.pt in it")
     p.add_argument("-p", "--prompt", default=None, help="answer this one and exit")
     p.add_argument("--chat", action="store_true", help="converse with the chat tokens (default: complete the text)")
-    p.add_argument("--mode", default="god", help="ghost, whisper, normal, think, god, or a width (default: god, the full width)")
+    p.add_argument("--mode", default="god",
+                   help="ghost, whisper, normal, think, god, or a width (default: god, the full width)")
     p.add_argument("--max-tokens", type=int, default=200, help="tokens to generate (default: 200)")
     p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     p.add_argument("--top-k", type=int, default=50, help="sample among this many likeliest tokens (default: 50)")

@@ -175,3 +175,38 @@ def test_bad_arguments_are_named(hybrid, tokens):
     cache = MatryoshkaKVCache(hybrid, 2, 10)
     with pytest.raises(ValueError, match="11 tokens do not fit the cache of 10"):
         hybrid(tokens[:, :11], cache=cache)
+
+
+@torch.no_grad()
+def test_going_back_is_as_never_having_gone_on(hybrid, tokens):
+    """Rows go back by different amounts, some not at all, and then go on: also with widths that had changed meanwhile."""
+    cache, plain = MatryoshkaKVCache(hybrid, 2, 48), MatryoshkaKVCache(hybrid, 2, 48)
+    for c in (cache, plain):
+        hybrid(tokens[:, :20], widths="normal", cache=c)
+    cache.checkpoint()
+    hybrid(torch.zeros_like(tokens[:, :7]), widths="think", cache=cache)
+    cache.truncate([20, 20])
+    hybrid(tokens[:, 20:26], widths="normal", cache=cache)
+    hybrid(tokens[:, 20:26], widths="normal", cache=plain)
+    cache.truncate([26, 22])  # the last checkpoint moved along
+    ragged = torch.stack((tokens[0, 26:30], tokens[1, 22:26]))
+    hybrid(ragged, widths="normal", cache=cache)
+    hybrid(tokens[:, 26:30], widths="normal", cache=plain)
+    want = hybrid(tokens[:, 30:34], widths="normal", cache=plain)
+    hybrid(tokens[:, 26:30], widths="normal", cache=cache, lengths=[0, 4])
+    assert cache.pos == [30, 30]
+    assert (hybrid(tokens[:, 30:34], widths="normal", cache=cache) - want).abs().max() <= 1e-4
+
+
+def test_positions_that_cannot_be_reached_are_named(hybrid, tokens):
+    cache = MatryoshkaKVCache(hybrid, 2, 48)
+    hybrid(tokens[:, :20], cache=cache)
+    with pytest.raises(ValueError, match="between the last checkpoint"):
+        cache.truncate([10, 10])
+    cache.checkpoint(4)
+    hybrid(tokens[:, 20:23], cache=cache)
+    for pos in ([19, 22], [23, 24]):
+        with pytest.raises(ValueError, match="cannot go back"):
+            cache.truncate(pos)
+    with pytest.raises(ValueError, match="exceed its window of 4"):
+        hybrid(tokens[:, 23:25], cache=cache)

@@ -139,7 +139,7 @@ def test_gradients_are_those_of_the_definition():
 
 @pytest.mark.parametrize("G", [1, 4])
 def test_equals_transformers(G):
-    """The same weights in the transformers library's mixer: outputs, gradients, and its cached prefill's states."""
+    """The same weights in the transformers library's mixer: outputs and gradients, its state dict loads strictly."""
     hf = pytest.importorskip("transformers.models.mamba2.modeling_mamba2", reason="needs transformers (pip extra: dev)")
     m = make(ngroups=G)
     config = hf.Mamba2Config(hidden_size=32, expand=2, head_dim=8, num_heads=8, n_groups=G, state_size=8, conv_kernel=4,
@@ -207,7 +207,7 @@ def bf16(m):
     return half
 
 
-@pytest.mark.parametrize("how", ["bf16 input", "bf16 weights", "autocast"])
+@pytest.mark.parametrize("how", ["bf16 input", "bf16 weights", "bf16 everywhere", "autocast"])
 def test_bf16(how):
     m = make(ngroups=2)
     u = torch.randn(2, 3 * CHUNK + 1, 32)
@@ -216,7 +216,7 @@ def test_bf16(how):
     m(u).backward(g)
     reference = {n: p.grad for n, p in m.named_parameters()}
     m.zero_grad()
-    half = bf16(m) if how == "bf16 weights" else m
+    half = bf16(m) if how == "bf16 weights" else m.bfloat16() if how == "bf16 everywhere" else m
     state = half.new_state(2, "cpu", torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         v = u if how == "autocast" else u.bfloat16()
