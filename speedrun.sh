@@ -23,7 +23,7 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     BASE_STEPS=${BASE_STEPS:-1500} STAGE1_STEPS=${STAGE1_STEPS:-500} UNFROZEN_STEPS=${UNFROZEN_STEPS:-1000}
 else
     DEPTH=${DEPTH:-4} VOCAB=${VOCAB:-4096} rows=8 seq=256
-    BASE_STEPS=${BASE_STEPS:-800} STAGE1_STEPS=${STAGE1_STEPS:-100} UNFROZEN_STEPS=${UNFROZEN_STEPS:-120}
+    BASE_STEPS=${BASE_STEPS:-600} STAGE1_STEPS=${STAGE1_STEPS:-80} UNFROZEN_STEPS=${UNFROZEN_STEPS:-90}
 fi
 DATA=${DATA:-embedded}
 
@@ -61,10 +61,12 @@ stage() {
     fi
     name=""
 }
-evaluate() { stage "eval_$1" python -m scripts.fractal_eval --checkpoint "$2" --data "$DATA" --json "$work/$1.json"; }
+evaluate() {
+    stage "eval_$1" python -m scripts.fractal_eval --checkpoint "$2" --data "$DATA" --eval-tokens 65536 --json "$work/$1.json"
+}
 
 shared=(--data "$DATA" --device-batch-size $rows --total-batch-size $((rows * seq)) --eval-every 200 --save-every 200 --log-every 20)
-control=(--matryoshka --sample-dim "${shared[@]}")
+control=(--matryoshka --sample-dim --warmdown-ratio 0.8 --eval-tokens 16384 "${shared[@]}")
 stage tokenizer python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB" --out "$work/tokenizer"
 stage base python -m scripts.base_train --depth "$DEPTH" --max-seq-len $seq --tokenizer "$work/tokenizer" --tag speedrun \
     --num-iterations "$BASE_STEPS" "${shared[@]}"
@@ -89,7 +91,7 @@ Artifacts: $base
            $hybrid
            $stage1
            $unfrozen
-           $NANOCHAT_BASE_DIR/speedrun.json
+           $NANOCHAT_BASE_DIR/speedrun.json and speedrun.png
 To go on:  source ${VIRTUAL_ENV}/bin/activate
            python -m scripts.chat_cli --checkpoint $unfrozen --mode normal
            python -m scripts.fractal_eval --checkpoint $unfrozen

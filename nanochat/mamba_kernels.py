@@ -180,7 +180,8 @@ def ssd(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: 
     -> y (b,T,H,P) in x's dtype, final state (b,H,P,N) in fp32 (fp64 for fp64 x). Any T >= 1; time and memory O(T).
     Matrix products run in x's dtype, the rest in fp32. Exact gradients for every tensor, initial_state included.
     """
-    return _SSD.apply(x, dt, A, B, C, D, chunk_size, initial_state)
+    with torch.autocast(x.device.type, enabled=False):
+        return _SSD.apply(x, dt, A, B, C, D, chunk_size, initial_state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,8 +202,8 @@ def _conv_chunk(xBC, past, t0, t1, weight, bias):
     return win, pre
 
 
-def _gated_norm(y, z, weight, groups):
-    """RMSNorm over each group of y * silu(z), all acc. Returns silu(z), y * silu(z) and 1 / rms (b,Q,G,1)."""
+def _gated_norm(y, z, groups):
+    """What RMSNorm over each group of y * silu(z) needs, all acc: silu(z), y * silu(z) and 1 / rms (b,Q,G,1)."""
     gate = F.silu(z)
     v = y * gate
     length = torch.linalg.vector_norm(v.view(*v.shape[:-1], groups, -1), dim=-1, keepdim=True)  # (b,Q,G,1)
@@ -261,7 +262,7 @@ def mixer(zxbcdt: torch.Tensor, conv_w: torch.Tensor, conv_b: torch.Tensor, dt_b
             y = y.view(b, Q, d_inner)
             if save:
                 ys[:, t0:t1] = y
-            _, v, r = _gated_norm(y, z[:, t0:t1].to(acc), nw, G)
+            _, v, r = _gated_norm(y, z[:, t0:t1].to(acc), G)
             v.view(b, Q, G, -1).mul_(r)
             _to(out[:, t0:t1], v, nw)
     return out, ys, states, S.view(b, H, P, N)
@@ -313,7 +314,7 @@ def mixer_backward(dout: torch.Tensor, ys: torch.Tensor, states: torch.Tensor, z
             x, B, C = act.split([d_inner, G * N, G * N], -1)
             y, zc, g = (v[:, t0:t1].to(acc) for v in (ys, z, dout))
             # gated norm: out = v r w, v = y silu(z)
-            gate, v, r = _gated_norm(y, zc, nw, G)
+            gate, v, r = _gated_norm(y, zc, G)
             u = (v.view(b, Q, G, -1) * r)                                       # (b,Q,G,d_inner/G) normed
             gu = g * u.view(b, Q, d_inner)
             dnw += gu.sum((0, 1))

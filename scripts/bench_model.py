@@ -135,7 +135,8 @@ def bench_decode(args) -> dict:
                           "read": memory.sum}, n, warmup=3)
     seconds = {k: statistics.median(t) for k, t in times.items()}
     result = {"machine": machine("cpu"), "tok_per_s_fp32": 1 / seconds["ours"],
-              "read_gb_per_s": size / seconds["read"] / 1e9, "vs_plain_loop": median_ratio(times, "plain", "ours"), "bandwidth_share": median_ratio(times, "read", "ours")}
+              "read_gb_per_s": size / seconds["read"] / 1e9, "vs_plain_loop": median_ratio(times, "plain", "ours"),
+              "bandwidth_share": median_ratio(times, "read", "ours")}
     print(f"decode fp32, batch 1: {1 / seconds['ours']:.1f} tok/s, {result['vs_plain_loop']:.2f}x the plain loop, "
           f"{result['bandwidth_share']:.0%} of the {result['read_gb_per_s']:.1f} GB/s read bandwidth", flush=True)
     del memory
