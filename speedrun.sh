@@ -28,13 +28,13 @@ fi
 DATA=${DATA:-embedded}
 
 settings="DATA=$DATA DEPTH=$DEPTH VOCAB=$VOCAB BASE_STEPS=$BASE_STEPS STAGE1_STEPS=$STAGE1_STEPS UNFROZEN_STEPS=$UNFROZEN_STEPS rows=$rows seq=$seq"
-width=$((DEPTH * 64))
+width=$(python -c "from nanochat.gpt import GPTConfig; print(GPTConfig.from_depth($DEPTH, $VOCAB, $seq).n_embd)")
 base="$NANOCHAT_BASE_DIR/base_checkpoints/speedrun"
 hybrid="$NANOCHAT_BASE_DIR/hybrid_checkpoints/speedrun_$width"
 stage1="$NANOCHAT_BASE_DIR/fractal_checkpoints/speedrun_$width"
 unfrozen="$NANOCHAT_BASE_DIR/fractal_checkpoints/speedrun_${width}_unfrozen"
 if [ "${1:-}" = --fresh ]; then
-    rm -rf "$work" "$base" "$hybrid" "$stage1" "$unfrozen"
+    rm -rf "$work" "$base" "$NANOCHAT_BASE_DIR"/hybrid_checkpoints/speedrun_* "$NANOCHAT_BASE_DIR"/fractal_checkpoints/speedrun_*
 fi
 mkdir -p "$work"
 if [ -e "$work/settings" ] && [ "$(cat "$work/settings")" != "$settings" ]; then
@@ -45,7 +45,7 @@ fi
 echo "$settings" > "$work/settings"
 echo "speedrun in $NANOCHAT_BASE_DIR: $settings"
 
-# A stage that is done is not done again; the seconds of every attempt are kept, so that the total is honest.
+# A stage that is done is not done again; the seconds of interrupted attempts count too (those of a SIGKILL are lost).
 name="" since=$SECONDS
 record() { [ -z "$name" ] || echo $((SECONDS - since)) >> "$work/$name.seconds"; }
 trap record EXIT

@@ -8,7 +8,8 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
         echo "error: Python >= 3.10 is needed; set PYTHON to one, e.g. PYTHON=python3.11" >&2
         exit 2
     fi
-    if [ ! -x .venv/bin/python ] && ! "$_python" -m venv .venv; then
+    # the pip test: an interrupted venv may have a python already, but no pip
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1 && ! "$_python" -m venv .venv; then
         rm -rf .venv
         echo "error: '$_python -m venv' failed; install your system's venv package (Debian: python3-venv)" >&2
         exit 2

@@ -120,7 +120,7 @@ class MatryoshkaKVCache:
         self.blocks, self.views, self._saved_pos = model.transformer.h, [], None
         for block in model.transformer.h:
             if block.kind == "attention":
-                shape = (batch, c.n_kv_head, length, c.head_dim)
+                shape = (batch, block.attn.n_kv(c.top_width), length, c.head_dim)
                 k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
                 self.views.append(KVView(self, k, v))
             else:
@@ -135,6 +135,8 @@ class MatryoshkaKVCache:
         their positions, (T,) where all rows stand at the same, else (B, T). The model calls it, then `advance`.
         ValueError when a row would not fit.
         """
+        if lengths is not None and (len(lengths) != len(self.pos) or not 0 <= min(lengths) <= max(lengths) <= T):
+            raise ValueError(f"lengths {lengths} do not fit: give one from 0 to {T} for each of {len(self.pos)} rows")
         ends = [p + n for p, n in zip(self.pos, lengths or [T] * len(self.pos))]
         if max(ends) > self.length:
             raise ValueError(f"{max(ends)} tokens do not fit the cache of {self.length}: allocate a longer one, or "
@@ -182,7 +184,7 @@ class MatryoshkaKVCache:
         and replay the tokens since; so ValueError for a position before it, or ahead of the row.
         """
         keep = [p - start for p, start in zip(pos, self._saved_pos or [])]
-        if len(keep) != len(self.pos) or min(keep) < 0 or any(p > at for p, at in zip(pos, self.pos)):
+        if not len(keep) == len(pos) == len(self.pos) or min(keep) < 0 or any(p > at for p, at in zip(pos, self.pos)):
             raise ValueError(f"rows at {self.pos} cannot go back to {pos}: a position must lie between the last "
                              f"checkpoint ({self._saved_pos}) and the row's own")
         index = torch.tensor(keep, device=self.device)

@@ -12,16 +12,16 @@ import json
 import os
 import pickle
 import re
-import shutil
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from nanochat.common import atomic_write
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
+from nanochat.tokenizer import Tokenizer
 
 _CONFIGS = {"gpt": (GPTConfig, GPT), "hybrid": (HybridConfig, HybridGPT)}
 
@@ -32,14 +32,18 @@ _CONFIGS = {"gpt": (GPTConfig, GPT), "hybrid": (HybridConfig, HybridGPT)}
 def save_torch(obj, path: Path) -> None:
     """torch.save, atomically. OSError when the disk is full; what `path` held before is then untouched."""
     with atomic_write(path) as f:
-        # torch's zip writer turns the file's OSError into a RuntimeError; remember the true cause
-        sink = _Sink(f)
-        try:
-            torch.save(obj, sink)
-        except RuntimeError:
-            if sink.error is not None:
-                raise sink.error from None
-            raise
+        _dump(obj, f)
+
+
+def _dump(obj, f) -> None:
+    # torch's zip writer turns the file's OSError into a RuntimeError; remember the true cause
+    sink = _Sink(f)
+    try:
+        torch.save(obj, sink)
+    except RuntimeError:
+        if sink.error is not None:
+            raise sink.error from None
+        raise
 
 
 class _Sink:
@@ -68,11 +72,15 @@ def load_torch(path: Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as e:
-        raise ValueError(f"{path} is refused: it is damaged or holds more than tensors ({str(e).splitlines()[0]}); "
+        raise ValueError(f"{path} is refused: it is damaged or holds more than tensors ({_line(e)}); "
                          "use a checkpoint from a source you trust") from e
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError) as e:
-        raise ValueError(f"{path} is truncated or no checkpoint ({str(e).splitlines()[0][:120]}): "
+    except Exception as e:  # damaged bytes end in almost any exception class
+        raise ValueError(f"{path} is truncated or no checkpoint ({_line(e)}): "
                          "copy or download it again, or go back to an earlier one") from e
+
+
+def _line(e: Exception) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0][:120]
 
 
 def sha256(path: Path) -> str:
@@ -97,8 +105,8 @@ def load_json(path: Path) -> dict:
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
     try:
         obj = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path} is no valid JSON ({e}): copy or write the checkpoint again") from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is no valid JSON ({_line(e)}): copy or write the checkpoint again") from e
     if not isinstance(obj, dict):
         raise ValueError(f"{path} holds no JSON object: copy or write the checkpoint again")
     return obj
@@ -107,17 +115,13 @@ def load_json(path: Path) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 
-def config_to_dict(config: GPTConfig) -> dict:
-    return asdict(config)
-
-
 def config_from_dict(kind: str, fields: dict) -> GPTConfig:
     """
     The config of a checkpoint ('gpt' or 'hybrid'). Fields that this version does not know mean an architecture that it
     does not have: refused with ValueError, as are values of the wrong type.
     """
-    if kind not in _CONFIGS:
-        raise ValueError(f"unknown model kind '{kind}' in the checkpoint's config: known are {', '.join(_CONFIGS)}")
+    if not isinstance(kind, str) or kind not in _CONFIGS:
+        raise ValueError(f"unknown model kind {kind!r} in the checkpoint's config: known are {', '.join(_CONFIGS)}")
     cls = _CONFIGS[kind][0]
     known = cls.__dataclass_fields__
     if unknown := sorted(set(fields) - set(known)):
@@ -130,13 +134,16 @@ def config_from_dict(kind: str, fields: dict) -> GPTConfig:
     return cls(**fields)
 
 
-def load_state(model: torch.nn.Module, state: dict, where) -> None:
+def load_state(model: torch.nn.Module, state: dict, where, device=None) -> None:
     """
     Loads a state dict in place, in the parameters' own dtypes. Keys may carry torch.compile's `_orig_mod.` prefix.
-    ValueError that names keys missing, extra or mis-shaped; then nothing has been loaded.
+    ValueError that names keys missing, extra or mis-shaped; then nothing has been loaded. With `device` a model on the
+    meta device is materialised there first, but only once the state is known to fit: a hostile config allocates nothing.
     """
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{where} is no state dict: it must map names to tensors")
+    if not isinstance(state, dict) or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided and v.is_floating_point()
+            for k, v in state.items()):
+        raise ValueError(f"{where} is no state dict: it must map names to dense tensors of real numbers")
     state = {k.removeprefix("_orig_mod."): v for k, v in state.items()}
     own = model.state_dict()
     faults = []
@@ -150,6 +157,8 @@ def load_state(model: torch.nn.Module, state: dict, where) -> None:
     if faults:
         raise ValueError(f"{where} does not fit the model of its config: {'; '.join(faults)}. "
                          "Use the checkpoint with the config it was saved with")
+    if device is not None:
+        own = model.to_empty(device=device).state_dict()
     with torch.no_grad():
         for k, p in own.items():
             p.copy_(state[k])
@@ -160,11 +169,10 @@ def _some(names: list[str], n: int = 5) -> str:
 
 
 def build_model(config: GPTConfig, device="cpu") -> GPT:
-    """The model of a config, its weights allocated but not initialised."""
-    cls = next(model for cfg, model in _CONFIGS.values() if cfg is type(config))
+    """The model of a config, its weights allocated on `device` (which may be 'meta') but not initialised."""
     with torch.device("meta"):
-        model = cls(config)
-    return model.to_empty(device=device)
+        model = _CONFIGS[model_kind(config)][1](config)
+    return model if device == "meta" else model.to_empty(device=device)
 
 
 def model_kind(config: GPTConfig) -> str:
@@ -184,7 +192,7 @@ def save_step(folder: Path, step: int, model: GPT, optimizers: list, meta: dict,
     try:
         save_torch(model.state_dict(), names[0])
         save_torch([opt.state_dict() for opt in optimizers], names[1])
-        save_json({"step": step, "kind": model_kind(model.config), "model_config": config_to_dict(model.config), **meta},
+        save_json({"step": step, "kind": model_kind(model.config), "model_config": asdict(model.config), **meta},
                   names[2])
     except OSError:
         for name in names:  # a checkpoint without its meta file is no checkpoint: give the room back
@@ -201,6 +209,20 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(s for s in steps if (Path(folder) / f"model_{s:06d}.pt").is_file())
 
 
+def remove_leftovers(folder: Path, everything: bool = False) -> None:
+    """
+    Deletes what a killed run left half-written: temporary files and step files without their meta file. `everything`:
+    also whole checkpoints and the export.
+    """
+    folder = Path(folder)
+    keep = set() if everything else set(list_steps(folder))
+    for path in list(folder.glob("*")):
+        step = re.fullmatch(r"(?:model|optim|meta)_(\d+)\.(?:pt|json)", path.name)
+        half = re.fullmatch(r"\.(?:model|optim|meta|config)[_\d]*\.(?:pt|json)\..*\.tmp", path.name)
+        if half or (step and int(step[1]) not in keep) or (everything and path.name in ("model.pt", "config.json")):
+            path.unlink()
+
+
 def last_step(folder: Path) -> int:
     """The newest step of `folder`; FileNotFoundError with the remedy if there is none."""
     steps = list_steps(folder)
@@ -215,9 +237,9 @@ def load_step(folder: Path, step: int, device="cpu") -> tuple[GPT, dict]:
     meta = load_json(folder / f"meta_{step:06d}.json")
     if not isinstance(meta.get("model_config"), dict):
         raise ValueError(f"meta_{step:06d}.json in {folder} has no model_config: it is no nanochat checkpoint")
-    model = build_model(config_from_dict(meta.get("kind", "gpt"), meta["model_config"]), device)
+    model = build_model(config_from_dict(meta.get("kind", "gpt"), meta["model_config"]), "meta")
     path = folder / f"model_{step:06d}.pt"
-    load_state(model, load_torch(path), path)
+    load_state(model, load_torch(path), path, device)
     return model, meta
 
 
@@ -225,58 +247,73 @@ def load_optimizers(folder: Path, step: int, optimizers: list) -> None:
     """Optimizer states of a step, in place."""
     path = Path(folder) / f"optim_{step:06d}.pt"
     states = load_torch(path)
-    if len(states) != len(optimizers):
-        raise ValueError(f"{path} holds {len(states)} optimizers, this run has {len(optimizers)}: "
-                         "resume with the flags the run was started with")
-    for opt, state in zip(optimizers, states):
-        opt.load_state_dict(state)
+    try:
+        assert len(states) == len(optimizers)
+        for opt, state in zip(optimizers, states):
+            opt.load_state_dict(state)
+    except Exception as e:
+        raise ValueError(f"{path} does not hold this run's {len(optimizers)} optimizers ({_line(e)}): resume with the flags "
+                         "that the run was started with, or start over with --fresh") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Exports: model.pt, config.json, tokenizer/
 
-def save_export(folder: Path, model: GPT, tokenizer_dir: Path, info: dict) -> None:
+def save_export(folder: Path, model: GPT, tokenizer: Tokenizer, info: dict) -> None:
     """
-    Writes folder/{model.pt,config.json,tokenizer/}; config.json holds kind, config and `info` (provenance, proof) and
-    is written last.
+    Writes folder/{model.pt,config.json,tokenizer/}; config.json holds kind, config and `info` (provenance, proof). An
+    earlier export there stays whole until both files have been written (OSError when the disk is full).
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)  # until it is back, the folder is no export
-    save_torch(model.state_dict(), folder / "model.pt")
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    for path in sorted(Path(tokenizer_dir).iterdir()):
-        if path.is_file() and path.resolve() != (folder / "tokenizer" / path.name).resolve():
-            with atomic_write(folder / "tokenizer" / path.name) as f, open(path, "rb") as source:
-                shutil.copyfileobj(source, f)
-    save_json({"kind": model_kind(model.config), "config": config_to_dict(model.config), **info}, folder / "config.json")
+    tokenizer.save(folder / "tokenizer")
+    with atomic_write(folder / "model.pt") as f, atomic_write(folder / "config.json", "w") as g:
+        _dump(model.state_dict(), f)
+        json.dump({"kind": model_kind(model.config), "config": asdict(model.config), **info}, g, indent=1)
 
 
-def load_export(path: str | os.PathLike, device="cpu") -> tuple[GPT, dict]:
-    """
-    (model with its weights, config.json) of an export; `path` is its folder or the model.pt in it.
-    """
-    folder = Path(path).expanduser()
-    folder = folder.parent if folder.suffix == ".pt" else folder
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no model folder {folder}: run `python -m scripts.surgery` or "
-                                "`python -m scripts.fractal_train` first, or name another")
-    info = load_json(folder / "config.json")
-    if not isinstance(info.get("config"), dict):
-        raise ValueError(f"config.json in {folder} has no config: write the export again")
-    model = build_model(config_from_dict(info.get("kind"), info["config"]), device)
-    load_state(model, load_torch(folder / "model.pt"), folder / "model.pt")
-    return model, info
+class Loaded(NamedTuple):
+    """A model, its tokenizer, its config.json or meta, and the file that its weights came from."""
+    model: GPT
+    tokenizer: Tokenizer
+    info: dict
+    file: Path
 
 
-def load_any(path: str | os.PathLike, device="cpu") -> tuple[GPT, Path, dict]:
+def load(path: str | os.PathLike, device="cpu") -> Loaded:
     """
-    A model from an export's folder or from the newest step of a training folder: (model, tokenizer folder, info).
+    From an export (its folder, or the model.pt in it) or a training folder (its newest step, or a model_NNNNNN.pt in it).
+    FileNotFoundError if there is none, ValueError for damaged files or a tokenizer of another size.
     """
-    folder = Path(path).expanduser()
-    folder = folder.parent if folder.suffix == ".pt" else folder
-    if (folder / "config.json").is_file() or not list_steps(folder):
-        model, info = load_export(folder, device)
+    path = Path(path).expanduser()
+    folder, step = path, None
+    if path.suffix == ".pt":
+        folder, match = path.parent, re.fullmatch(r"model_(\d+)\.pt", path.name)
+        if not path.is_file() or not (match or path.name == "model.pt"):
+            raise FileNotFoundError(f"there is no checkpoint file {path}: name a folder, its model.pt or a model_NNNNNN.pt")
+        step = int(match[1]) if match else None
+    elif not (folder / "config.json").is_file():
+        if not list_steps(folder):
+            raise FileNotFoundError(f"there is no model in {folder}: run `python -m scripts.surgery` or "
+                                    "`python -m scripts.fractal_train` first, or name another folder")
+        step = last_step(folder)
+    if step is None:
+        info = load_json(folder / "config.json")
+        if not isinstance(info.get("config"), dict):
+            raise ValueError(f"config.json in {folder} has no config: write the export again")
+        file = folder / "model.pt"
+        model = build_model(config_from_dict(info.get("kind"), info["config"]), "meta")
+        load_state(model, load_torch(file), file, device)
     else:
-        model, info = load_step(folder, last_step(folder), device)
-    return model, folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder, info
+        file = folder / f"model_{step:06d}.pt"
+        model, info = load_step(folder, step, device)
+    return Loaded(model, load_tokenizer(folder, model.config), info, file)
+
+
+def load_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer:
+    """The tokenizer in folder/tokenizer or in the folder itself; ValueError if it is not of the model's size."""
+    inside = Path(folder) / "tokenizer"
+    tokenizer = Tokenizer.from_directory(inside if inside.is_dir() else folder)
+    if tokenizer.get_vocab_size() != config.vocab_size:
+        raise ValueError(f"the tokenizer in {folder} has {tokenizer.get_vocab_size()} ids, the model {config.vocab_size}: "
+                         "put the tokenizer there that the model was trained with")
+    return tokenizer

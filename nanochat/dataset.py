@@ -114,7 +114,7 @@ def iter_shard(path: str | os.PathLike, start: int = 0, only: set[int] | None = 
                     row += len(batch)
                     if row >= last:
                         break
-            except (pa.ArrowException, OSError) as e:
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
                 raise ValueError(f"{path} is damaged in row group {group} ({_first_line(e)}): remove it or fetch it "
                                  "again") from e
 
@@ -308,7 +308,8 @@ def _stdlib_documents(root: Path) -> dict[str, str]:
 
 def _prepare_embedded(base_data: Path) -> Path:
     root = Path(sysconfig.get_paths()["stdlib"])
-    sizes = [(p.as_posix(), (root / p).stat().st_size) for p in _stdlib_files(root)]
+    # a link may dangle: such a file is no text either, see _stdlib_documents
+    sizes = [(p.as_posix(), (root / p).stat().st_size) for p in _stdlib_files(root) if (root / p).exists()]
     tag = hashlib.blake2b(repr((LAYOUT_VERSION, sizes)).encode(), digest_size=4).hexdigest()
 
     def write(tmp: Path) -> None:

@@ -94,11 +94,14 @@ class Engine:
             if d is not None and not 1 <= d <= n_block:
                 raise ValueError(f"depth {d} is out of range: this model has {n_block} blocks")
         if "auto" in modes:
+            if modes != ["auto"] * n:
+                raise ValueError("mode 'auto' cannot be mixed with others in one batch: run those prompts apart")
             if control is None:
                 raise ValueError("mode 'auto' needs trained controls, and this checkpoint has none: choose ghost, "
                                  "whisper, normal or think")
             widths = control.plan(prompts)
         else:
+            control = None
             widths = torch.tensor([model.resolve_widths(m) for m in modes])  # (rows, n_block)
         exits = torch.tensor([[n_block if d is None else d] for d in depths])
         stop, device = set(stop), model.device
@@ -107,7 +110,9 @@ class Engine:
         generators = [torch.Generator(device=device).manual_seed(seed + r) for r in range(n)]
         length = limit if overflow == "slide" else min(limit, max(map(len, prompts)) + max_tokens)
 
-        live = list(range(n)) if max_tokens > 0 else []
+        if max_tokens < 1:
+            return
+        live = list(range(n))
         cache = MatryoshkaKVCache(model, n, length)
         h = self._prefill(text, widths, cache)
         while live:
@@ -132,7 +137,7 @@ class Engine:
             for i in full:  # slide: the row starts again from the last half of its context, the newest token apart
                 fresh = MatryoshkaKVCache(model, 1, length)
                 r = live[i]
-                self._prefill([text[r][-(limit // 2):-1]], widths[r:r + 1], fresh)
+                self._prefill([text[r][-max(2, limit // 2):-1]], widths[r:r + 1], fresh)
                 cache.append(fresh)
             if full:
                 rows = [i for i in range(len(live)) if i not in full]

@@ -59,6 +59,13 @@ class GPTConfig:
         return mode_levels(self.top_width, self.d_ref, self.head_dim)
 
     @property
+    def distinct_modes(self) -> dict[str, int]:
+        """The modes without 'god' where another name stands for the full width already; the last one is the full width."""
+        modes = self.modes
+        god = modes.pop("god")
+        return modes if god in modes.values() else modes | {"god": god}
+
+    @property
     def levels(self) -> tuple[int, ...]:
         """The allowed widths, ascending."""
         return tuple(sorted(set(self.modes.values())))

@@ -368,7 +368,7 @@ mixer.register_autograd(_mixer_grad, setup_context=_mixer_setup)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the kernels of mamba-ssm (>= 2.2) and causal-conv1d (>= 1.5.1), wrapped so that torch.compile does not look inside
+# the kernels of mamba-ssm and causal-conv1d (versions: pyproject.toml), wrapped so that torch.compile does not look inside
 
 INSTALL = "pip install -e '.[cuda]' --no-build-isolation"
 

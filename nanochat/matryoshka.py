@@ -284,7 +284,8 @@ class Cost(NamedTuple):
     """
     What one token costs. FLOPs (a multiply-add is 2): `matmul` weight matrix products, `attention` scores and values,
     `scan` the Mamba mixer's convolution and recurrence. Elements: `weights` read when a single token is decoded, `kv`
-    keys and values appended to the cache, `kv_read` those attended to, `state` Mamba state read and written.
+    keys and values appended to the cache, `kv_read` those attended to, `state` SSM state (each read and written), `conv`
+    convolution state likewise.
     Costs add up with `+`.
     """
     matmul: float = 0
@@ -294,6 +295,7 @@ class Cost(NamedTuple):
     kv: float = 0
     kv_read: float = 0
     state: float = 0
+    conv: float = 0
 
     def __add__(self, other):
         return Cost(*(a + b for a, b in zip(self, other)))
@@ -303,8 +305,8 @@ class Cost(NamedTuple):
         return self.matmul + self.attention + self.scan
 
     def bytes_read(self, weight_size: int, kv_size: int) -> float:
-        """Bytes that decoding one token moves, with weights and keys/values of these sizes in bytes; states are fp32."""
-        return self.weights * weight_size + self.kv_read * kv_size + self.state * 4
+        """Bytes read to decode one token, weights and activations' dtype (keys, values, conv) of these sizes; SSM fp32."""
+        return self.weights * weight_size + (self.kv_read + self.conv) * kv_size + self.state * 4
 
 
 def block_cost(block: nn.Module, d: int, context: float, exited: bool = False) -> tuple[Cost, Cost]:
@@ -327,4 +329,4 @@ def block_cost(block: nn.Module, d: int, context: float, exited: bool = False) -
     flops = block.mamba.flops_per_token(write_only=exited)
     matmul = flops["in_proj"] + flops["out_proj"]
     return mlp, Cost(matmul=matmul, scan=flops["conv"] + flops["scan"], weights=matmul / 2,
-                     state=2 * (block.mamba.conv_dim * block.mamba.d_conv + block.mamba.d_inner * block.mamba.d_state))
+                     state=block.mamba.d_inner * block.mamba.d_state, conv=block.mamba.conv_dim * block.mamba.d_conv)

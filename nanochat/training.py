@@ -5,7 +5,10 @@ metrics.jsonl, wandb, checkpoints, and resuming where an interrupted run stopped
 import argparse
 import json
 import math
+import os
+import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from nanochat.common import autodetect_device_type, get_compute_dtype, get_rank,
 from nanochat.dataloader import DataLoader
 
 # Flags that say how a run is watched and kept, not what it computes: they may differ when it is resumed.
-WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log_every", "device"}
+WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log_every", "device", "compile", "checkpoint"}
 
 # Dense bf16 peak FLOP/s by a part of the device's name, from the vendor's data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12,
@@ -51,6 +54,8 @@ def add_training_args(p: argparse.ArgumentParser) -> None:
                    help="steps between checkpoints; -1 = only at the end (default: 250)")
     p.add_argument("--keep-checkpoints", type=int, default=2, help="how many to keep (default: 2)")
     p.add_argument("--log-every", type=int, default=10, help="steps between progress lines (default: 10)")
+    p.add_argument("--compile", action="store_true",
+                   help="compile each block: a slow start, then faster steps (needs a C++ compiler on a CPU)")
     p.add_argument("--fresh", action="store_true",
                    help="start over: delete the run's earlier checkpoints (default: resume from the newest)")
     p.add_argument("--run", default=None, help="log to wandb under this name (WANDB_MODE=offline works without network)")
@@ -59,9 +64,16 @@ def add_training_args(p: argparse.ArgumentParser) -> None:
 
 def derive_batch(args, sequence_len: int) -> tuple[str, torch.dtype, int]:
     """
-    Fills in the device, device batch and total batch that `args` leave open, prints each derivation, and returns
-    (device type, compute dtype, gradient accumulation passes per step).
+    Checks the numeric flags, fills in the device, device batch and total batch that `args` leave open, prints each
+    derivation, and returns (device type, compute dtype, gradient accumulation passes per step).
     """
+    for name, least in (("log_every", 1), ("keep_checkpoints", 1), ("device_batch_size", 1), ("total_batch_size", 1),
+                        ("num_iterations", 1), ("eval_tokens", 1)):
+        value = getattr(args, name)
+        if value < least and value != -1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    if get_rank()[1] > 1:
+        raise ValueError("training over several processes is not supported yet: start it without torchrun")
     device = args.device or autodetect_device_type()
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch sees no CUDA device: drop the flag to run on the CPU")
@@ -73,7 +85,7 @@ def derive_batch(args, sequence_len: int) -> tuple[str, torch.dtype, int]:
         args.total_batch_size = max(1, 524288 // one_pass) * one_pass if device == "cuda" else one_pass
     if args.eval_tokens < 0:
         args.eval_tokens = 20 * one_pass
-    if args.device_batch_size < 1 or args.total_batch_size % one_pass:
+    if args.total_batch_size % one_pass:
         raise ValueError(f"--total-batch-size {args.total_batch_size} is no multiple of the {one_pass} tokens of one pass "
                          f"({args.device_batch_size} rows x {sequence_len}): choose one that is")
     passes = args.total_batch_size // one_pass
@@ -116,9 +128,9 @@ class Run:
         settings = {k: v for k, v in vars(args).items() if k not in WATCHING} | extra_settings
         self.settings = json.loads(json.dumps(settings))
         self.start, self.meta = 0, None
+        ckpt.remove_leftovers(self.folder, everything=args.fresh)
         if args.fresh:
-            for path in [*self.folder.glob("*_[0-9]*.*"), self.folder / "metrics.jsonl"]:
-                path.unlink(missing_ok=True)
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         elif ckpt.list_steps(self.folder):
             self.start = ckpt.last_step(self.folder)
             self.meta = ckpt.load_json(self.folder / f"meta_{self.start:06d}.json")
@@ -136,11 +148,11 @@ class Run:
         return self.meta is not None and self.start >= self.args.num_iterations
 
     def train(self, model, optimizers, tokenizer, data, backward, evaluate, passes: int, sequence_len: int,
-              flops_per_token: float) -> dict:
+              flops_per_token: float | None = None) -> dict:
         """
         Trains to args.num_iterations. backward(step, x, y, scale) computes and backpropagates one pass and returns its
-        losses; evaluate() returns a dict with 'bpb'. Returns the last evaluation and the run's figures: {'bpb',
-        'first_bpb', 'tok_per_s', 'steps'}.
+        losses; evaluate() returns a dict with 'bpb'; flops_per_token, where known, gives the MFU. Returns the run's figures:
+        'bpb' and 'first_bpb' (last and first evaluation), 'tok_per_s', 'steps'.
         """
         args, device = self.args, model.device
         rank, world = get_rank()
@@ -156,9 +168,12 @@ class Run:
         wandb = _start_wandb(args.run, self.settings) if rank == 0 and args.run else None
         self.folder.mkdir(parents=True, exist_ok=True)
         step_times, total = [], args.num_iterations
-        with open(self.folder / "metrics.jsonl", "a") as log:
+        with open(self.folder / "metrics.jsonl", "a+b") as log:
+            if log.tell() and (log.seek(-1, os.SEEK_END), log.read(1))[1] != b"\n":
+                log.write(b"\n")  # an interrupted run left half a line
+
             def record(entry):
-                log.write(json.dumps(entry) + "\n")
+                log.write(json.dumps(entry).encode() + b"\n")
                 log.flush()
                 if wandb:
                     wandb.log(entry)
@@ -177,6 +192,9 @@ class Run:
                 if step_times:
                     figures["tok_per_s"] = round(args.total_batch_size / statistics.median(step_times), 1)
                 if step > self.start and (last or (args.save_every > 0 and step % args.save_every == 0)):
+                    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+                        raise ValueError(f"a weight is not finite at step {step}, nothing was saved: lower the learning "
+                                         f"rates; the checkpoints in {self.folder} are from before")
                     ckpt.save_step(self.folder, step, model, optimizers, keep=args.keep_checkpoints, meta={
                         "settings": self.settings, "loader": loader.state(), "figures": figures,
                         "val_bpb": figures.get("bpb")})
@@ -204,14 +222,21 @@ class Run:
                 if step % args.log_every == 0 or step == total - 1:
                     recent = statistics.median(step_times[-20:])
                     rate = args.total_batch_size / recent
-                    mfu = f" | MFU {rate * flops_per_token / peak:.1%}" if peak else ""
+                    mfu = f" | MFU {rate * flops_per_token / peak:.1%}" if peak and flops_per_token else ""
                     values = " | ".join(f"{k} {v:.4f}" for k, v in losses.items())
                     print0(f"step {step:5d}/{total} | {values} | lr x{scale:.2f} | {rate:,.0f} tok/s{mfu} | "
                            f"ETA {_clock(recent * (total - step - 1))}")
-                    record({"step": step, **losses, "lr_scale": scale, "tok_per_s": rate})
+                    record({"step": step, **losses, "lr_scale": scale, "tok_per_s": rate,
+                            "peak_rss_mb": peak_rss_mb()})
         if wandb:
             wandb.finish()
         return figures | {"steps": total}
+
+
+def peak_rss_mb() -> float:
+    """The most memory that this process has had resident, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def _clock(seconds: float) -> str:

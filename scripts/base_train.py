@@ -18,7 +18,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_bpb, matryoshka_backward
 from nanochat.optim import setup_optimizers
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import Run, add_training_args, derive_batch
+from nanochat.training import Run, add_training_args, compile_blocks, derive_batch
 
 
 @cli
@@ -65,6 +65,8 @@ def main(argv=None):
         return run.meta["figures"]
     tokenizer.save(folder / "tokenizer")
     model.compute_dtype = dtype
+    if args.compile:
+        compile_blocks(model)
     token_bytes = tokenizer.token_bytes()
     eval_steps = max(1, args.eval_tokens // (args.device_batch_size * config.sequence_len))
 
@@ -75,7 +77,7 @@ def main(argv=None):
     def backward(step, x, y, scale):
         return matryoshka_backward(model, x, y, [], scale)
 
-    flops = 3 * sum(c.flops for c in model.cost(context=config.sequence_len / 2).values())
+    flops = 3 * sum(c.flops for c in model.cost(context=(config.sequence_len + 1) / 2).values())
     print0(f"FLOPs per trained token {flops:,.0f}")
     optimizers = setup_optimizers(model, args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)
     figures = run.train(model, optimizers, tokenizer, data, backward, evaluate, passes, config.sequence_len, flops)

@@ -12,7 +12,6 @@ import time
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import autodetect_device_type, cli
 from nanochat.engine import Engine, prepare_inference
-from nanochat.tokenizer import Tokenizer
 
 
 @cli
@@ -32,9 +31,9 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     device = autodetect_device_type()
-    model, tokenizer_dir, _ = ckpt.load_any(args.checkpoint, device)
-    model.resolve_widths(args.mode)  # a wrong mode is reported before anything else happens
-    tokenizer = Tokenizer.from_directory(tokenizer_dir)
+    model, tokenizer, _, _ = ckpt.load(args.checkpoint, device)
+    if args.mode != "auto":  # which the engine answers for
+        model.resolve_widths(args.mode)  # a wrong mode is reported before anything else happens
     prepare_inference(model, device)
     engine = Engine(model, tokenizer)
     bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")

@@ -5,6 +5,7 @@ head as they are. It computes the same logits as the large model does in that mo
     python -m scripts.extract --checkpoint $NANOCHAT_BASE_DIR/fractal_checkpoints/d4_256_unfrozen --mode normal --dst normal/
 """
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ def main(argv=None):
     p.add_argument("--dst", required=True, help="folder to write")
     args = p.parse_args(argv)
 
-    model, tokenizer_dir, info = ckpt.load_any(args.checkpoint)
+    model, tokenizer, info, _ = ckpt.load(args.checkpoint)
     dst = Path(args.dst).expanduser()
     if dst.exists() and any(dst.iterdir()):
         raise ValueError(f"{dst} is not empty: name a new folder")
@@ -34,8 +35,9 @@ def main(argv=None):
         delta = float((model(idx, widths=args.mode) - small(idx)).abs().max())
     print0(f"max |delta logit| against mode {args.mode}: {delta:.2e}")
     if not delta <= MAX_DELTA:
-        raise ValueError(f"the sub-model differs by more than {MAX_DELTA}: nothing was written")
-    ckpt.save_export(dst, small, tokenizer_dir, {
+        print(f"error: the sub-model differs by more than {MAX_DELTA}; nothing was written", file=sys.stderr)
+        sys.exit(1)
+    ckpt.save_export(dst, small, tokenizer, {
         "tag": info.get("tag"), "provenance": {"extracted": args.mode, "source": str(args.checkpoint),
                                                "from": info.get("provenance")}, "proof": {"max_delta_logit": delta}})
     print0(f"wrote {dst}")

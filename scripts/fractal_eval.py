@@ -13,22 +13,23 @@ from nanochat.common import autodetect_device_type, cli, get_compute_dtype, prin
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.tokenizer import Tokenizer
 
 
 def mode_table(model, context: float) -> dict[str, dict]:
-    """Per mode: its width, matmul FLOPs per token of the dynamic part and of the whole model, and both as shares of full."""
+    """
+    Per mode: its width, matmul FLOPs per token of the dynamic part and of the whole model, both as shares of full, and
+    the numbers that a token leaves in the KV cache.
+    """
     rows = {}
     full = model.cost(context=context)
-    for mode, width in model.config.modes.items():
-        if mode == "god" and list(model.config.modes.values()).count(width) > 1:
-            continue  # another name for this width stands above
+    for mode, width in model.config.distinct_modes.items():
         cost = model.cost(mode, context)
         matmul = sum(c.matmul for c in cost.values())
         rows[mode] = {
             "width": width,
             "matmul_flops": matmul,
             "dynamic_matmul_flops": cost["dynamic"].matmul,
+            "kv_values_per_token": cost["dynamic"].kv,
             "flops": sum(c.flops for c in cost.values()),
             "dynamic_share": cost["dynamic"].matmul / full["dynamic"].matmul,
             "flops_share": sum(c.flops for c in cost.values()) / sum(c.flops for c in full.values()),
@@ -37,10 +38,11 @@ def mode_table(model, context: float) -> dict[str, dict]:
 
 
 def print_table(rows: dict[str, dict]) -> None:
-    print0(f"{'mode':<10}{'width':>6}{'bits/byte':>11}{'matmul FLOPs/token':>20}{'dynamic share':>15}{'whole share':>13}")
+    print0(f"{'mode':<10}{'width':>6}{'bits/byte':>11}{'matmul FLOPs/token':>20}{'dynamic share':>15}{'whole share':>13}"
+           f"{'KV bytes/token':>16}")
     for mode, r in rows.items():
         print0(f"{mode:<10}{r['width']:>6}{r['bpb']:>11.4f}{r['matmul_flops']:>20,.0f}{r['dynamic_share']:>15.1%}"
-               f"{r['flops_share']:>13.1%}")
+               f"{r['flops_share']:>13.1%}{r['kv_bytes_per_token']:>16,.0f}")
 
 
 @cli
@@ -56,15 +58,15 @@ def main(argv=None):
         raise ValueError("--device-batch-size and --eval-tokens must be at least 1")
 
     device = autodetect_device_type()
-    model, tokenizer_dir, _ = ckpt.load_any(args.checkpoint, device)
+    model, tokenizer, _, _ = ckpt.load(args.checkpoint, device)
     model.compute_dtype = get_compute_dtype(device)
-    tokenizer = Tokenizer.from_directory(tokenizer_dir)
     T = model.config.sequence_len
     data = prepare(args.data)
     steps = max(1, args.eval_tokens // (args.device_batch_size * T))
     rows = mode_table(model, (T + 1) / 2)
     for mode, row in rows.items():
         val = DataLoader(tokenizer, data, "val", args.device_batch_size, T, device=device)
+        row["kv_bytes_per_token"] = row.pop("kv_values_per_token") * model.compute_dtype.itemsize
         row["bpb"] = evaluate_bpb(model, val, steps, tokenizer.token_bytes(), widths=mode)
     print_table(rows)
     result = {"checkpoint": str(args.checkpoint), "eval_tokens": steps * args.device_batch_size * T,

@@ -8,8 +8,9 @@ Trains a hybrid so that all its widths work: stage 1 trains what surgery added a
         $NANOCHAT_BASE_DIR/fractal_checkpoints/d4_256 --unfreeze --matryoshka --sample-dim
 
 Each step runs a full pass (teacher, cross-entropy) and, with --matryoshka, narrow passes (students) that learn the
-teacher's distribution. The result is fractal_checkpoints/<tag>_<width>[_unfrozen]/{model.pt,config.json,tokenizer/} under
-NANOCHAT_BASE_DIR, beside the step checkpoints that an interrupted run resumes from.
+teacher's distribution at sampled widths (exits are not sampled yet). The result is model.pt, config.json and tokenizer/
+in fractal_checkpoints/<tag>_<width>[_unfrozen]/ under NANOCHAT_BASE_DIR, beside the step checkpoints that an
+interrupted run resumes from.
 """
 import argparse
 
@@ -22,8 +23,7 @@ from nanochat.dataset import prepare
 from nanochat.loss_eval import evaluate_bpb, matryoshka_backward
 from nanochat.matryoshka import sample_levels
 from nanochat.optim import setup_optimizers
-from nanochat.tokenizer import Tokenizer
-from nanochat.training import Run, add_training_args, derive_batch
+from nanochat.training import Run, add_training_args, compile_blocks, derive_batch
 
 
 def freeze_base(model) -> None:
@@ -54,16 +54,19 @@ def main(argv=None):
     if args.lr_scale is None:
         args.lr_scale = 0.3 if args.unfreeze else 1.0
 
-    model, tokenizer_dir, info = ckpt.load_any(args.checkpoint)
+    model, tokenizer, info, file = ckpt.load(args.checkpoint)
     if ckpt.model_kind(model.config) != "hybrid":
         raise ValueError(f"{args.checkpoint} holds a base GPT: make a hybrid of it with "
                          "`python -m scripts.surgery --src ...`")
-    tokenizer = Tokenizer.from_directory(tokenizer_dir)
     config, T = model.config, model.config.sequence_len
     device, dtype, passes = derive_batch(args, T)
     model.to(device).compute_dtype = dtype
+    if args.compile:
+        compile_blocks(model)
     args.tag = args.tag or info.get("tag", f"d{config.n_layer}")
     folder = get_base_dir() / "fractal_checkpoints" / f"{args.tag}_{config.n_embd}{'_unfrozen' if args.unfreeze else ''}"
+    if folder.resolve() == file.parent.resolve():
+        raise ValueError(f"{folder} is both the source and the destination: name another family with --tag")
     if not args.unfreeze:
         freeze_base(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -74,14 +77,14 @@ def main(argv=None):
     print0(f"steps {args.num_iterations:,}; levels {', '.join(map(str, config.levels))}")
     data = prepare(args.data)
 
-    source = {"provenance": info.get("provenance"), "dtype": str(dtype)}
-    run = Run(folder, args, source)
+    source = ckpt.sha256(file)
+    run = Run(folder, args, {"source_sha256": source, "dtype": str(dtype)})
     if run.meta is not None:
         path = folder / f"model_{run.start:06d}.pt"
         ckpt.load_state(model, ckpt.load_torch(path), path)
     token_bytes = tokenizer.token_bytes()
     eval_steps = max(1, args.eval_tokens // (args.device_batch_size * T))
-    names = [m for m in config.modes if m != "god"] if args.matryoshka else ["think"]
+    names = list(config.distinct_modes) if args.matryoshka else ["god"]
 
     def evaluate():
         out = {}
@@ -89,9 +92,9 @@ def main(argv=None):
             val = DataLoader(tokenizer, data, "val", args.device_batch_size, T, device=device)
             out[mode] = evaluate_bpb(model, val, eval_steps, token_bytes, widths=mode)
         print0("  " + ", ".join(f"{k} {v:.4f}" for k, v in out.items()))
-        return {"bpb": out["think"], **out}
+        return {"bpb": out[names[-1]], **out}  # the last is the full width
 
-    narrow = [d for d in config.levels if d < config.n_embd]
+    narrow = [d for d in config.levels if d < config.top_width]
 
     def backward(step, x, y, scale):
         students = []
@@ -103,16 +106,16 @@ def main(argv=None):
             students = narrow
         return matryoshka_backward(model, x, y, students, scale)
 
-    full = sum(c.flops for c in model.cost(context=T / 2).values())
     if not run.finished:
         rates = [lr * args.lr_scale for lr in (args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)]
-        figures = run.train(model, setup_optimizers(model, *rates), tokenizer, data, backward, evaluate, passes, T, 3 * full)
+        figures = run.train(model, setup_optimizers(model, *rates), tokenizer, data, backward, evaluate, passes, T)
     else:
         figures = run.meta["figures"]
         print0(f"{folder} is trained already ({run.start} steps); --fresh starts over")
-    ckpt.save_export(folder, model, tokenizer_dir, {
+    ckpt.save_export(folder, model, tokenizer, {
         "tag": args.tag, "provenance": {"trained": "unfrozen" if args.unfreeze else f"stage {args.stage}",
-                                        "steps": args.num_iterations, "from": info.get("provenance")}, "figures": figures})
+                                        "steps": args.num_iterations, "source_sha256": source,
+                                        "from": info.get("provenance")}, "figures": figures})
     print0(f"wrote {folder}: {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte at full width")
     return figures
 

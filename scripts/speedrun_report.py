@@ -3,6 +3,7 @@ The speedrun's final table, and speedrun.json and speedrun.png in NANOCHAT_BASE_
 folders it made.
 """
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -21,7 +22,10 @@ LABELS = {"base": "base", "surgery": "hybrid after surgery", "stage1": "hybrid a
 
 def validations(folder: Path) -> list[dict]:
     """The evaluations that a training run logged, one entry per step (a resumed run may have repeated some)."""
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    entries = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # half a line, where the run was killed
+            entries.append(json.loads(line))
     return [e for _, e in sorted({e["step"]: e for e in entries if "val_bpb" in e}.items())]
 
 

@@ -34,6 +34,7 @@ def main(argv=None):
     base, meta = ckpt.load_step(src, step)
     if meta.get("kind", "gpt") != "gpt":
         raise ValueError(f"{src} holds a {meta['kind']} model already; surgery starts from a base GPT")
+    tokenizer = ckpt.load_tokenizer(src, base.config)
     print0(f"source {src}, step {step}: {base.num_params()['total']:,} parameters")
 
     hybrid = insert(base, args.seed)
@@ -46,7 +47,6 @@ def main(argv=None):
         sys.exit(1)
     tag = args.tag or src.name
     dst = Path(args.dst).expanduser() if args.dst else get_base_dir() / "hybrid_checkpoints" / f"{tag}_{base.config.n_embd}"
-    tokenizer = src / "tokenizer" if (src / "tokenizer").is_dir() else src
     ckpt.save_export(dst, hybrid, tokenizer, {
         "tag": tag, "provenance": {"surgery": "insert", "source": str(src), "step": step, "seed": args.seed,
                                    "source_sha256": ckpt.sha256(src / f"model_{step:06d}.pt")}, "proof": proof})

@@ -62,6 +62,8 @@ def main(argv=None) -> None:
     texts = list(iter_texts(folder, "val", 5_000_000))
     nbytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
     tokens = sum(map(len, tokenizer.encode(texts)))
+    if not tokens:
+        raise ValueError(f"the validation shard of {folder} holds no text: give more or longer documents")
     line = f"validation: {nbytes:,} bytes in {tokens:,} tokens = {nbytes / tokens:.3f} bytes per token"
     gpt2 = gpt2_if_cached()
     if gpt2 is not None:

@@ -5,13 +5,16 @@ import resource
 import subprocess
 import sys
 import textwrap
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from nanochat import checkpoint_manager as ckpt
+from nanochat.checkpoint_manager import build_model
 from nanochat.common import atomic_write
 from nanochat.optim import setup_optimizers
+from nanochat.tokenizer import Tokenizer
 
 
 def test_step_roundtrip_with_nanochats_names(base, tokens, tmp_path):
@@ -37,7 +40,7 @@ def test_a_nanochat_file_loads(base, tmp_path):
     state = {"_orig_mod." + k: v for k, v in base.state_dict().items()}
     state["_orig_mod.transformer.wte.weight"] = state["_orig_mod.transformer.wte.weight"].bfloat16()
     torch.save(state, tmp_path / "model_000001.pt")
-    ckpt.save_json({"model_config": ckpt.config_to_dict(base.config), "step": 1}, tmp_path / "meta_000001.json")
+    ckpt.save_json({"model_config": asdict(base.config), "step": 1}, tmp_path / "meta_000001.json")
     model, _ = ckpt.load_step(tmp_path, 1)
     assert model.transformer.wte.weight.dtype == torch.float32
     assert torch.equal(model.lm_head.weight, base.lm_head.weight)
@@ -53,16 +56,77 @@ def test_only_the_newest_are_kept_and_half_a_checkpoint_is_none(base, tmp_path):
         ckpt.last_step(tmp_path / "nowhere")
 
 
-def test_export_roundtrip(hybrid, tokens, tmp_path):
-    (tmp_path / "tok").mkdir()
-    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
-    ckpt.save_export(tmp_path / "out", hybrid, tmp_path / "tok", {"tag": "t"})
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train_from_iterator(["some words and some more words, said some of them again and again"] * 3 + [
+        "".join(chr(97 + i % 26) + chr(97 + i * 7 % 26) + " " for i in range(400))], 300)
+
+
+def test_export_roundtrip(hybrid, tokens, tokenizer, tmp_path):
+    assert tokenizer.get_vocab_size() == hybrid.config.vocab_size
+    ckpt.save_export(tmp_path / "out", hybrid, tokenizer, {"tag": "t"})
     for path in (tmp_path / "out", tmp_path / "out" / "model.pt"):
-        model, info = ckpt.load_export(path)
+        model, its, info, file = ckpt.load(path)
         assert info["tag"] == "t" and torch.equal(model(tokens), hybrid(tokens))
-    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_text() == "{}"
+        assert its.encode("said some") == tokenizer.encode("said some") and file == tmp_path / "out" / "model.pt"
     state = torch.load(tmp_path / "out" / "model.pt", weights_only=True, mmap=True)
     assert state.keys() == hybrid.state_dict().keys()
+
+
+def test_a_named_file_is_the_one_that_loads(base, tokenizer, tmp_path):
+    for step in (1, 2):
+        with torch.no_grad():
+            base.lm_head.weight.fill_(step)
+        ckpt.save_step(tmp_path, step, base, [], {})
+    tokenizer.save(tmp_path / "tokenizer")
+    assert ckpt.load(tmp_path).model.lm_head.weight[0, 0] == 2
+    assert ckpt.load(tmp_path / "model_000001.pt").model.lm_head.weight[0, 0] == 1
+    for name in ("model_000003.pt", "typo.pt", "model.pt"):
+        with pytest.raises(FileNotFoundError, match=name):
+            ckpt.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"no model in .*scripts.surgery"):
+        ckpt.load(tmp_path / "none")
+
+
+def test_a_tokenizer_of_another_size_is_refused(base_config, tokenizer, tmp_path):
+    model = build_model(replace(base_config, vocab_size=301))
+    ckpt.save_export(tmp_path, model, tokenizer, {})
+    with pytest.raises(ValueError, match="has 300 ids, the model 301"):
+        ckpt.load(tmp_path)
+
+
+def test_leftovers_of_a_killed_run_are_removed(base, tmp_path):
+    ckpt.save_step(tmp_path, 1, base, [], {})
+    for name in ("model_000002.pt", "optim_000002.pt", ".model_000003.pt.abc.tmp", "notes_2024.md", "model.pt"):
+        (tmp_path / name).write_text("x")
+    ckpt.remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["meta_000001.json", "model.pt", "model_000001.pt", "notes_2024.md",
+                                            "optim_000001.pt"]
+    ckpt.remove_leftovers(tmp_path, everything=True)
+    assert os.listdir(tmp_path) == ["notes_2024.md"]
+
+
+@pytest.mark.parametrize("state", [{1: torch.zeros(2)}, {"a": torch.zeros(2).to_sparse()},
+                                   {"a": torch.zeros(2, dtype=torch.complex64)}, {"a": 1.0}])
+def test_states_of_other_things_are_refused(base, state):
+    with pytest.raises(ValueError, match="dense tensors of real numbers"):
+        ckpt.load_state(base, state, "x.pt")
+
+
+def test_a_hostile_size_allocates_nothing(base, tmp_path):
+    ckpt.save_step(tmp_path, 1, base, [], {})
+    meta = ckpt.load_json(tmp_path / "meta_000001.json")
+    meta["model_config"]["vocab_size"] = 10 ** 12
+    ckpt.save_json(meta, tmp_path / "meta_000001.json")
+    with pytest.raises(ValueError, match="of another shape"):
+        ckpt.load_step(tmp_path, 1)
+
+
+@pytest.mark.parametrize("state", [{}, [1, 2], [{}, {}]])
+def test_foreign_optimizer_states_are_refused(base, tmp_path, state):
+    torch.save(state, tmp_path / "optim_000001.pt")
+    with pytest.raises(ValueError, match="does not hold this run's 2 optimizers"):
+        ckpt.load_optimizers(tmp_path, 1, setup_optimizers(base))
 
 
 def test_faulty_keys_are_named_and_nothing_is_loaded(base):
@@ -100,7 +164,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
 
 
 def test_bad_configs_are_named(hybrid_config):
-    good = ckpt.config_to_dict(hybrid_config)
+    good = asdict(hybrid_config)
     assert ckpt.config_from_dict("hybrid", good) == hybrid_config
     for fields, words in (({**good, "window_pattern": 1}, "does not support: window_pattern"),
                           ({k: v for k, v in good.items() if k != "n_head"}, "lacks n_head"),
@@ -108,8 +172,9 @@ def test_bad_configs_are_named(hybrid_config):
                           ({**good, "n_head": 7}, "no multiple of the 7 heads")):
         with pytest.raises(ValueError, match=words):
             ckpt.config_from_dict("hybrid", fields)
-    with pytest.raises(ValueError, match="unknown model kind 'rnn'"):
-        ckpt.config_from_dict("rnn", good)
+    for kind in ("rnn", ["gpt"]):
+        with pytest.raises(ValueError, match="unknown model kind"):
+            ckpt.config_from_dict(kind, good)
 
 
 def test_json_faults_are_named(tmp_path):
@@ -119,8 +184,9 @@ def test_json_faults_are_named(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="no JSON object"):
         ckpt.load_json(tmp_path / "config.json")
-    with pytest.raises(FileNotFoundError, match="no model folder"):
-        ckpt.load_export(tmp_path / "none")
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="no valid JSON"):
+        ckpt.load_json(tmp_path / "config.json")
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -132,9 +198,10 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(base, tmp_path):
+def test_a_full_disk_keeps_the_previous_checkpoint_and_export(base, tokenizer, tmp_path):
     """A limit on file size stands in for the full disk: the kernel refuses the write in the same way, with an errno."""
     ckpt.save_step(tmp_path, 1, base, [], {})
+    ckpt.save_export(tmp_path / "out", base, tokenizer, {"tag": "old"})
     program = textwrap.dedent(f"""
         import resource, signal, sys
         from nanochat import checkpoint_manager as ckpt
@@ -142,12 +209,18 @@ def test_a_full_disk_keeps_the_previous_checkpoint(base, tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         model, _ = ckpt.load_step({str(tmp_path)!r}, 1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        cli(lambda: ckpt.save_step({str(tmp_path)!r}, 2, model, [], {{}}))()
+        try:
+            ckpt.save_export({str(tmp_path / "out")!r}, model, ckpt.load_tokenizer({str(tmp_path / "out")!r}, model.config),
+                             {{"tag": "new"}})
+        except OSError:
+            cli(lambda: ckpt.save_step({str(tmp_path)!r}, 2, model, [], {{}}))()
     """)
     size = (tmp_path / "model_000001.pt").stat().st_size
     assert size > 100_000 and resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "no room left to write" in done.stderr and "free some disk space" in done.stderr
-    assert sorted(os.listdir(tmp_path)) == ["meta_000001.json", "model_000001.pt", "optim_000001.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["meta_000001.json", "model_000001.pt", "optim_000001.pt", "out"]
     ckpt.load_step(tmp_path, 1)
+    assert ckpt.load(tmp_path / "out").info["tag"] == "old"
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.pt", "tokenizer"]

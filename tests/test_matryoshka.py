@@ -4,12 +4,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import randomize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from nanochat.cache import MatryoshkaKVCache
+from nanochat.checkpoint_manager import build_model
 from nanochat.common import get_compute_dtype
 from nanochat.cpu_attention import causal_attention
+from nanochat.gpt import GPTConfig
+from nanochat.hybrid_gpt import HybridConfig
 from nanochat.matryoshka import add_prefix, apply_rope, mode_levels, norm, resolve_level, rope_tables, sample_levels
+from nanochat.surgery import extract
 
 
 def test_norm_is_rmsnorm_at_d_ref():
@@ -103,12 +109,69 @@ def test_dynamic_matmul_share_is_the_square_of_the_width(hybrid):
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["ghost", "normal", "think"])
-def test_cost_equals_what_torch_counts(base, tokens, mode):
-    """Without a causal discount, which torch's counter does not know, every query sees all T positions."""
+def test_cost_equals_what_torch_counts(base, hybrid, tokens, mode):
+    """
+    Without a causal discount, which torch's counter does not know, every query sees all T positions. Of the Mamba mixer
+    it sees the two projections: what lies between is a custom op.
+    """
+    for model in (base, hybrid):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(tokens, widths=mode)
+        cost = model.cost(mode, context=tokens.size(1))
+        assert counter.get_total_flops() == tokens.numel() * sum(c.matmul + c.attention for c in cost.values())
+
+
+@torch.no_grad()
+def test_cost_of_exited_tokens_is_their_memory_writes(hybrid, tokens):
+    """A chunk that exits after two of six blocks, run with a cache, which the later blocks still write."""
+    cache = MatryoshkaKVCache(hybrid, 2, 48)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        base(tokens, widths=mode)
-    cost = base.cost(mode, context=tokens.size(1))
+        hybrid(tokens, widths="normal", exits=torch.full_like(tokens, 2), cache=cache)
+    cost = hybrid.cost("normal", context=48, depth=2)
     assert counter.get_total_flops() == tokens.numel() * sum(c.matmul + c.attention for c in cost.values())
+    assert sum(c.flops for c in cost.values()) < 0.7 * sum(c.flops for c in hybrid.cost("normal", 48).values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["ghost", "normal", "think"])
+def test_memory_of_a_token_is_what_the_cache_holds(hybrid, tokens, mode):
+    """Numbers that are not zero in a cache after 10 tokens; the states' from their shapes."""
+    cache = MatryoshkaKVCache(hybrid, 1, 48)
+    hybrid(tokens[:1, :10], widths=mode, cache=cache)
+    kv = sum(int(v.k.count_nonzero() + v.v.count_nonzero()) for v in cache.views if hasattr(v, "k"))
+    states = [v.state for v in cache.views if hasattr(v, "state")]
+    cost = hybrid.cost(mode, context=10)
+    assert kv == 10 * cost["dynamic"].kv == cost["dynamic"].kv_read
+    assert cost["static"].state == sum(s.ssm_state.numel() for s in states)
+    assert cost["static"].conv == sum(s.conv_state.numel() for s in states)
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+def test_weights_read_are_the_parameters_in_use(n_kv_head):
+    """At full width: every parameter but the embeddings' other rows, and the elementwise ones."""
+    model = build_model(HybridConfig.from_base(GPTConfig(64, 300, 3, 4, n_kv_head, 64)))
+    tables = sum(p.numel() for p in model.value_embeds.parameters())
+    rows = sum(t.weight.size(1) for t in model.value_embeds.values())
+    small = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 1 or "conv1d" in n)
+    total = sum(p.numel() for p in model.parameters())
+    want = total - tables + rows - small - model.transformer.wte.weight.numel()
+    assert sum(c.weights for c in model.cost().values()) == want
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+@torch.no_grad()
+def test_shared_kv_heads_decode_and_extract_at_every_width(tokens, n_kv_head):
+    model = randomize(build_model(HybridConfig.from_base(GPTConfig(64, 300, 3, 4, n_kv_head, 64))))
+    widths = torch.full((2, 48, 6), 16)
+    widths[0, 20:] = 64
+    widths[1, 9:, 2:] = 32
+    for w in ("ghost", "normal", "think", widths):
+        want = model(tokens, widths=w)
+        cache = MatryoshkaKVCache(model, 2, 48)
+        got = [model(tokens[:, t:t + 1], widths=w if isinstance(w, str) else w[:, t:t + 1], cache=cache) for t in range(48)]
+        assert (torch.cat(got, 1) - want).abs().max() <= 1e-4
+        if isinstance(w, str):
+            assert (extract(model, w)(tokens) - want).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("name, want", [("bfloat16", torch.bfloat16), ("float32", torch.float32)])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as ckpt
+from nanochat.loss_eval import matryoshka_backward
 from scripts import base_train, chat_cli, extract, fractal_eval, fractal_train, surgery, tok_train
 
 SMALL = ["--device-batch-size", "4", "--total-batch-size", "256", "--eval-tokens", "512", "--eval-every", "-1",
@@ -53,7 +54,7 @@ def test_the_whole_pipeline(home, cwd, capsys):
     stage1 = fractal_train.main(["--checkpoint", str(hybrid), "--stage", "1", "--sample-dim", "--num-iterations", "12",
                                  *train])
     folder = cwd / "fractal_checkpoints/d2_64"
-    before, after = (ckpt.load_export(p)[0].state_dict() for p in (hybrid, folder))
+    before, after = (ckpt.load(p).model.state_dict() for p in (hybrid, folder))
     frozen = [k for k in before if "wte" in k or "lm_head" in k or (".h." in k and int(k.split(".")[2]) % 2 == 0
                                                                      and "ve_gate" not in k)]
     assert frozen and all(torch.equal(before[k], after[k]) for k in frozen)
@@ -127,15 +128,44 @@ def test_an_interrupted_run_resumes_bit_for_bit(home, cwd, script, monkeypatch):
     assert states_equal(whole, ckpt.load_torch(folder / "model_000008.pt"))
 
 
-def test_accumulated_passes_equal_one_large_pass(home, cwd):
-    args = [*base_args(home), "--num-iterations", "3", "--matrix-lr", "0.02"]
-    base_train.main([*args, "--tag", "one"])
-    base_train.main([*args, "--tag", "two", "--device-batch-size", "4", "--total-batch-size", "512"])
-    base_train.main([*args, "--tag", "big", "--device-batch-size", "8", "--total-batch-size", "512"])
-    # the loader packs other rows for another batch shape, so compare the first step's loss scale, not weights
-    two, big = (json.loads((cwd / f"base_checkpoints/{t}/metrics.jsonl").read_text().splitlines()[1])
-                for t in ("two", "big"))
-    assert two["loss"] == pytest.approx(big["loss"], rel=1e-3)
+def test_accumulated_passes_equal_one_large_pass(hybrid, tokens):
+    """Two half batches, each scaled by 1/2, give the whole batch's gradient."""
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    matryoshka_backward(hybrid, x, y, ["normal"], 1.0)
+    whole = {n: p.grad.clone() for n, p in hybrid.named_parameters()}
+    hybrid.zero_grad()
+    for r in range(2):
+        matryoshka_backward(hybrid, x[r:r + 1], y[r:r + 1], ["normal"], 0.5)
+    for n, p in hybrid.named_parameters():
+        torch.testing.assert_close(p.grad, whole[n], atol=1e-6, rtol=1e-3)
+
+
+def test_surgery_reads_nanochats_flat_folder(cwd):
+    """All files in one folder: only the tokenizer goes along."""
+    base = cwd / "base_checkpoints/d2"
+    for path in (base / "tokenizer").iterdir():
+        path.rename(base / path.name)
+    (base / "tokenizer").rmdir()
+    surgery.main(["--src", str(base)])
+    written = {p.name for p in (cwd / "hybrid_checkpoints/d2_64/tokenizer").iterdir()}
+    assert "tokenizer.json" in written and not any(n.startswith(("model", "optim", "meta")) for n in written)
+
+
+def test_a_changed_source_is_noticed(home, cwd, capsys):
+    surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
+    args = ["--data", str(home / "docs"), *SMALL, "--num-iterations", "2", "--checkpoint"]
+    fractal_train.main([*args, str(cwd / "hybrid_checkpoints/d2_64")])
+    fails(capsys, fractal_train.main, [*args, str(cwd / "fractal_checkpoints/d2_64")], "both the source and the destination")
+    surgery.main(["--src", str(cwd / "base_checkpoints/d2"), "--seed", "7"])
+    fails(capsys, fractal_train.main, [*args, str(cwd / "hybrid_checkpoints/d2_64")], "source_sha256", "--fresh")
+
+
+def test_an_extracted_model_trains(home, cwd):
+    surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
+    extract.main(["--checkpoint", str(cwd / "hybrid_checkpoints/d2_64"), "--mode", "normal", "--dst", str(cwd / "small")])
+    figures = fractal_train.main(["--checkpoint", str(cwd / "small"), "--unfreeze", "--matryoshka", "--tag", "s",
+                                  "--data", str(home / "docs"), *SMALL, "--num-iterations", "2"])
+    assert figures["steps"] == 2
 
 
 def fails(capsys, main, args, *words):
@@ -164,7 +194,7 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
     fails(capsys, base_train.main, ["--tokenizer", str(cwd / "nowhere")], "nowhere", "tok_train")
     fails(capsys, base_train.main, [*base_args(home), "--head-dim", "48"], "no multiple of the head dim 48", "--head-dim")
     fails(capsys, base_train.main, [*base_args(home), "--total-batch-size", "300"], "300 is no multiple of the 256")
-    fails(capsys, base_train.main, [*base_args(home), "--device-batch-size", "0", "--total-batch-size", "64"], "no multiple")
+    fails(capsys, base_train.main, [*base_args(home), "--device-batch-size", "0"], "--device-batch-size is 0")
     fails(capsys, base_train.main, [*base_args(home), "--tag", "d2", "--num-iterations", "12", "--matrix-lr", "0.5"],
           "other settings (matrix_lr", "was 0.02, now 0.5", "--fresh", "--tag")
     fails(capsys, tok_train.main, ["--vocab-size", "264", *docs], "265")
@@ -173,13 +203,20 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
     fails(capsys, surgery.main, ["--src", base, "--step", "7"], "meta_000007.json")
     fails(capsys, fractal_train.main, ["--checkpoint", base, *docs], "base GPT", "scripts.surgery")
     fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--sample-dim", *docs], "no effect without --matryoshka")
-    fails(capsys, fractal_train.main, ["--checkpoint", str(cwd / "none")], "no model folder", "scripts.surgery")
+    fails(capsys, fractal_train.main, ["--checkpoint", str(cwd / "none")], "no model in", "scripts.surgery")
+    fails(capsys, fractal_train.main, ["--checkpoint", hybrid, *docs, "--log-every", "0"], "--log-every is 0")
+    fails(capsys, base_train.main, [*base_args(home), "--keep-checkpoints", "-2"], "--keep-checkpoints is -2")
+    fails(capsys, base_train.main, [*base_args(home), "--num-iterations", "0"], "--num-iterations is 0")
     fails(capsys, fractal_eval.main, ["--checkpoint", hybrid, "--eval-tokens", "0"], "at least 1")
+    fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "auto", "-p", "x"], "needs trained controls")
     fails(capsys, extract.main, ["--checkpoint", hybrid, "--mode", "normal", "--dst", base], "not empty")
     fails(capsys, extract.main, ["--checkpoint", base, "--mode", "normal", "--dst", str(cwd / "new")], "only a hybrid")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "loud", "-p", "x"], "unknown mode 'loud'", "ghost")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "48", "-p", "x"], "48 is not a level", "32, 64")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "-p", "x" * 500], "the model's context is 64")
+    with monkeypatch.context() as m:
+        m.setenv("WORLD_SIZE", "2")
+        fails(capsys, base_train.main, base_args(home), "several processes")
     monkeypatch.setenv("NANOCHAT_DTYPE", "fp8")
     fails(capsys, base_train.main, base_args(home), "NANOCHAT_DTYPE=fp8", "bfloat16")
     assert listing(cwd) == before
