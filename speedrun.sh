@@ -23,7 +23,7 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     BASE_STEPS=${BASE_STEPS:-1500} STAGE1_STEPS=${STAGE1_STEPS:-500} UNFROZEN_STEPS=${UNFROZEN_STEPS:-1000}
 else
     DEPTH=${DEPTH:-4} VOCAB=${VOCAB:-4096} rows=8 seq=256
-    BASE_STEPS=${BASE_STEPS:-600} STAGE1_STEPS=${STAGE1_STEPS:-80} UNFROZEN_STEPS=${UNFROZEN_STEPS:-90}
+    BASE_STEPS=${BASE_STEPS:-600} STAGE1_STEPS=${STAGE1_STEPS:-70} UNFROZEN_STEPS=${UNFROZEN_STEPS:-75}
 fi
 DATA=${DATA:-embedded}
 
@@ -62,11 +62,12 @@ stage() {
     name=""
 }
 evaluate() {
-    stage "eval_$1" python -m scripts.fractal_eval --checkpoint "$2" --data "$DATA" --eval-tokens 65536 --json "$work/$1.json"
+    stage "eval_$1" python -m scripts.fractal_eval --checkpoint "$2" --data "$DATA" --eval-tokens 49152 --json "$work/$1.json"
 }
 
-shared=(--data "$DATA" --device-batch-size $rows --total-batch-size $((rows * seq)) --eval-every 200 --save-every 200 --log-every 20)
-control=(--matryoshka --sample-dim --warmdown-ratio 0.8 --eval-tokens 16384 "${shared[@]}")
+shared=(--data "$DATA" --device-batch-size $rows --total-batch-size $((rows * seq)) --eval-tokens 16384
+    --eval-every 200 --save-every 200 --log-every 20)
+control=(--matryoshka --sample-dim --warmdown-ratio 0.8 "${shared[@]}")
 stage tokenizer python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB" --out "$work/tokenizer"
 stage base python -m scripts.base_train --depth "$DEPTH" --max-seq-len $seq --tokenizer "$work/tokenizer" --tag speedrun \
     --num-iterations "$BASE_STEPS" "${shared[@]}"

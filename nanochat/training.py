@@ -127,13 +127,14 @@ class Run:
         self.folder, self.args = Path(folder), args
         settings = {k: v for k, v in vars(args).items() if k not in WATCHING} | extra_settings
         self.settings = json.loads(json.dumps(settings))
-        self.start, self.meta = 0, None
+        self.start, self.meta, self.loader = 0, None, None  # loader: the data position of the newest checkpoint
         ckpt.remove_leftovers(self.folder, everything=args.fresh)
         if args.fresh:
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         elif ckpt.list_steps(self.folder):
             self.start = ckpt.last_step(self.folder)
             self.meta = ckpt.load_json(self.folder / f"meta_{self.start:06d}.json")
+            self.loader = self.meta["loader"]
             before = self.meta.get("settings", {})
             if changed := sorted(k for k in before.keys() | self.settings.keys()
                                  if before.get(k) != self.settings.get(k)):
@@ -148,10 +149,12 @@ class Run:
         return self.meta is not None and self.start >= self.args.num_iterations
 
     def train(self, model, optimizers, tokenizer, data, backward, evaluate, passes: int, sequence_len: int,
-              flops_per_token: float | None = None) -> dict:
+              flops_per_token: float | None = None, data_from: dict | None = None) -> dict:
         """
         Trains to args.num_iterations. backward(step, x, y, scale) computes and backpropagates one pass and returns its
-        losses; evaluate() returns a dict with 'bpb'; flops_per_token, where known, gives the MFU. Returns the run's figures:
+        losses; evaluate() returns a dict with 'bpb'; flops_per_token, where known, gives the MFU. data_from: a loader
+        state of an earlier phase on the same data; this one goes on behind it, so that no text is seen twice before all
+        has been seen once. Returns the run's figures:
         'bpb' and 'first_bpb' (last and first evaluation), 'tok_per_s', 'steps'.
         """
         args, device = self.args, model.device
@@ -161,7 +164,16 @@ class Run:
             ckpt.load_optimizers(self.folder, self.start, optimizers)
             state = self.meta["loader"]
             print0(f"resuming {self.folder} after step {self.start}")
-        loader = DataLoader(tokenizer, data, "train", args.device_batch_size, sequence_len, rank, world, device, state)
+        where = tokenizer, data, "train", args.device_batch_size, sequence_len, rank, world, device
+        try:
+            loader = DataLoader(*where, state or data_from)
+            if self.meta is None and data_from:
+                print0(f"the data goes on behind the {loader.tokens_read:,} tokens of the phases before")
+        except ValueError as e:
+            if self.meta is not None or data_from is None:
+                raise
+            print0(f"the data starts from its beginning, not where the phase before stopped: {e}")
+            loader = DataLoader(*where)
         batches = iter(loader)
         figures = dict(self.meta["figures"]) if self.meta else {}
         peak = next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
@@ -198,6 +210,7 @@ class Run:
                     ckpt.save_step(self.folder, step, model, optimizers, keep=args.keep_checkpoints, meta={
                         "settings": self.settings, "loader": loader.state(), "figures": figures,
                         "val_bpb": figures.get("bpb")})
+                    self.loader = loader.state()
                 if last:
                     break
                 t0 = time.perf_counter()

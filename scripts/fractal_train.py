@@ -108,14 +108,16 @@ def main(argv=None):
 
     if not run.finished:
         rates = [lr * args.lr_scale for lr in (args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)]
-        figures = run.train(model, setup_optimizers(model, *rates), tokenizer, data, backward, evaluate, passes, T)
+        figures = run.train(model, setup_optimizers(model, *rates), tokenizer, data, backward, evaluate, passes, T,
+                            data_from=info.get("loader"))
     else:
         figures = run.meta["figures"]
         print0(f"{folder} is trained already ({run.start} steps); --fresh starts over")
     ckpt.save_export(folder, model, tokenizer, {
         "tag": args.tag, "provenance": {"trained": "unfrozen" if args.unfreeze else f"stage {args.stage}",
                                         "steps": args.num_iterations, "source_sha256": source,
-                                        "from": info.get("provenance")}, "figures": figures})
+                                        "from": info.get("provenance")}, "figures": figures,
+        "loader": run.loader})
     print0(f"wrote {folder}: {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte at full width")
     return figures
 

@@ -49,7 +49,8 @@ def main(argv=None):
     dst = Path(args.dst).expanduser() if args.dst else get_base_dir() / "hybrid_checkpoints" / f"{tag}_{base.config.n_embd}"
     ckpt.save_export(dst, hybrid, tokenizer, {
         "tag": tag, "provenance": {"surgery": "insert", "source": str(src), "step": step, "seed": args.seed,
-                                   "source_sha256": ckpt.sha256(src / f"model_{step:06d}.pt")}, "proof": proof})
+                                   "source_sha256": ckpt.sha256(src / f"model_{step:06d}.pt")}, "proof": proof,
+        "loader": meta.get("loader")})  # training goes on behind the text that the base has seen
     print0(f"wrote {dst}")
     return proof
 

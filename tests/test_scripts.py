@@ -60,6 +60,10 @@ def test_the_whole_pipeline(home, cwd, capsys):
     assert frozen and all(torch.equal(before[k], after[k]) for k in frozen)
     final = fractal_train.main(["--checkpoint", str(folder / "model.pt"), "--unfreeze", "--num-iterations", "4", *train])
     assert final["steps"] == 4 and stage1["steps"] == 12
+    # each phase goes on in the text where the one before stopped: 12 + 12 + 4 batches
+    info = [ckpt.load_json(p / "config.json")["loader"]["batches"]
+            for p in (hybrid, folder, cwd / "fractal_checkpoints/d2_64_unfrozen")]
+    assert info == [12, 24, 28]
     unfrozen = cwd / "fractal_checkpoints/d2_64_unfrozen"
     result = fractal_eval.main(["--checkpoint", str(unfrozen), "--data", str(home / "docs"), "--eval-tokens", "512",
                                 "--json", str(cwd / "eval.json")])
