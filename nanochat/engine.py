@@ -17,12 +17,12 @@ from nanochat.common import get_compute_dtype
 from nanochat.mamba_block import FP32_PARAMS
 
 
-def prepare_inference(model, device_type: str) -> None:
+def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None) -> None:
     """
-    Casts, in place, the weights to the dtype that the device computes in, except the SSM parameters that stay fp32, so
-    that decoding does not cast them anew for every token. The model cannot be trained on afterwards.
+    Casts, in place, the weights to `dtype` (None: the one that the device computes in), except the SSM parameters that
+    stay fp32, so that decoding does not cast them anew for every token. The model cannot be trained on afterwards.
     """
-    dtype = get_compute_dtype(device_type)
+    dtype = dtype or get_compute_dtype(device_type)
     for name, p in model.named_parameters():
         p.requires_grad_(False)
         if not (".mamba." in name and name.endswith(FP32_PARAMS)):

@@ -15,9 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from nanochat.cpu_attention import causal_attention
 
-MODES = ("ghost", "whisper", "normal", "think", "god")  # names of the uniform levels, narrow to wide
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Levels
 

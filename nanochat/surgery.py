@@ -48,14 +48,15 @@ def extract(model: HybridGPT, mode: str | int) -> HybridGPT:
 
 
 @torch.no_grad()
-def probe(before: GPT, after: GPT, seed: int = 0, rows: int = 4) -> dict[str, float]:
+def probe(before: GPT, after: GPT, mode: str | int | None = None, seed: int = 0, rows: int = 4) -> dict[str, float]:
     """
-    Compares two models in fp32 on a batch of random tokens as long as the context allows (512 at most):
+    Compares two models, the first at `mode` (None: full width), in fp32 on random tokens as long as the context allows
+    (512 at most):
     {'max_delta_logit', 'top1_agreement', 'probe_tokens'}.
     """
     assert before.compute_dtype == after.compute_dtype == torch.float32
     c = before.config
     idx = torch.randint(c.vocab_size, (rows, min(512, c.sequence_len)), generator=torch.Generator().manual_seed(seed))
-    a, b = (m(idx.to(m.device)).cpu() for m in (before, after))
+    a, b = before(idx.to(before.device), widths=mode).cpu(), after(idx.to(after.device)).cpu()
     return {"max_delta_logit": float((a - b).abs().max()),
             "top1_agreement": float((a.argmax(-1) == b.argmax(-1)).float().mean()), "probe_tokens": idx.numel()}

@@ -148,6 +148,12 @@ class Run:
         """Whether the checkpoint to resume from is the run's last."""
         return self.meta is not None and self.start >= self.args.num_iterations
 
+    def restore(self, model) -> None:
+        """Loads the weights of the checkpoint to resume from, if there is one."""
+        if self.meta is not None:
+            path = self.folder / f"model_{self.start:06d}.pt"
+            ckpt.load_state(model, ckpt.load_torch(path), path)
+
     def train(self, model, optimizers, tokenizer, data, backward, evaluate, passes: int, sequence_len: int,
               flops_per_token: float | None = None, data_from: dict | None = None) -> dict:
         """
@@ -159,14 +165,12 @@ class Run:
         """
         args, device = self.args, model.device
         rank, world = get_rank()
-        state = None
         if self.meta is not None:
             ckpt.load_optimizers(self.folder, self.start, optimizers)
-            state = self.meta["loader"]
             print0(f"resuming {self.folder} after step {self.start}")
         where = tokenizer, data, "train", args.device_batch_size, sequence_len, rank, world, device
         try:
-            loader = DataLoader(*where, state or data_from)
+            loader = DataLoader(*where, self.loader or data_from)
             if self.meta is None and data_from:
                 print0(f"the data goes on behind the {loader.tokens_read:,} tokens of the phases before")
         except ValueError as e:
@@ -207,10 +211,10 @@ class Run:
                     if not all(bool(p.isfinite().all()) for p in model.parameters()):
                         raise ValueError(f"a weight is not finite at step {step}, nothing was saved: lower the learning "
                                          f"rates; the checkpoints in {self.folder} are from before")
-                    ckpt.save_step(self.folder, step, model, optimizers, keep=args.keep_checkpoints, meta={
-                        "settings": self.settings, "loader": loader.state(), "figures": figures,
-                        "val_bpb": figures.get("bpb")})
                     self.loader = loader.state()
+                    ckpt.save_step(self.folder, step, model, optimizers, keep=args.keep_checkpoints, meta={
+                        "settings": self.settings, "loader": self.loader, "figures": figures,
+                        "val_bpb": figures.get("bpb")})
                 if last:
                     break
                 t0 = time.perf_counter()

@@ -57,9 +57,7 @@ def main(argv=None):
     run = Run(folder, args, {"tokenizer": tokenizer.get_vocab_size(), "dtype": str(dtype)})
     torch.manual_seed(args.seed)
     model.init_weights()
-    if run.meta is not None:
-        path = folder / f"model_{run.start:06d}.pt"
-        ckpt.load_state(model, ckpt.load_torch(path), path)
+    run.restore(model)
     if run.finished:
         print0(f"{folder} is trained already ({run.start} steps); --fresh starts over")
         return run.meta["figures"]

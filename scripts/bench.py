@@ -9,9 +9,9 @@ Speeds of the parts, each against what it should be compared with, measured in t
 Ratios are medians over rounds; in each round every candidate runs once, so that a busy machine slows all of them alike.
 """
 import argparse
-import json
 
-from nanochat.common import atomic_write, cli
+from nanochat.checkpoint_manager import save_json
+from nanochat.common import cli
 from scripts import bench_mamba, bench_model
 
 # name: (help, adds the options, runs and returns the result)
@@ -37,8 +37,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     result = args.run(args)
     if args.json:
-        with atomic_write(args.json, "w") as f:
-            json.dump(result, f, indent=1)
+        save_json(result, args.json)
         print(f"wrote {args.json}")
 
 

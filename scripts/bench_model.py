@@ -109,16 +109,7 @@ class PlainDecoder:
 
 
 def cast(model, dtype):
-    """prepare_inference at a chosen dtype."""
-    import os
-    before = os.environ.get("NANOCHAT_DTYPE")
-    os.environ["NANOCHAT_DTYPE"] = str(dtype).removeprefix("torch.")
-    try:
-        prepare_inference(model, "cpu")
-    finally:
-        os.environ.pop("NANOCHAT_DTYPE")
-        if before is not None:
-            os.environ["NANOCHAT_DTYPE"] = before
+    prepare_inference(model, "cpu", dtype)
     return model
 
 

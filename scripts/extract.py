@@ -8,11 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, print0
-from nanochat.surgery import MAX_DELTA, extract
+from nanochat.surgery import MAX_DELTA, extract, probe
 
 
 @cli
@@ -30,16 +28,15 @@ def main(argv=None):
     small = extract(model, args.mode)
     before, after = (m.num_params()["total"] for m in (model, small))
     print0(f"parameters {before:,} -> {after:,} at width {small.config.top_width}")
-    idx = torch.randint(model.config.vocab_size, (2, min(256, model.config.sequence_len)))
-    with torch.no_grad():
-        delta = float((model(idx, widths=args.mode) - small(idx)).abs().max())
+    proof = probe(model, small, args.mode)
+    delta = proof["max_delta_logit"]
     print0(f"max |delta logit| against mode {args.mode}: {delta:.2e}")
     if not delta <= MAX_DELTA:
         print(f"error: the sub-model differs by more than {MAX_DELTA}; nothing was written", file=sys.stderr)
         sys.exit(1)
     ckpt.save_export(dst, small, tokenizer, {
         "tag": info.get("tag"), "provenance": {"extracted": args.mode, "source": str(args.checkpoint),
-                                               "from": info.get("provenance")}, "proof": {"max_delta_logit": delta}})
+                                               "from": info.get("provenance")}, "proof": proof})
     print0(f"wrote {dst}")
     return delta
 

@@ -64,10 +64,11 @@ def main(argv=None):
     data = prepare(args.data)
     steps = max(1, args.eval_tokens // (args.device_batch_size * T))
     rows = mode_table(model, (T + 1) / 2)
+    token_bytes = tokenizer.token_bytes()
     for mode, row in rows.items():
         val = DataLoader(tokenizer, data, "val", args.device_batch_size, T, device=device)
         row["kv_bytes_per_token"] = row.pop("kv_values_per_token") * model.compute_dtype.itemsize
-        row["bpb"] = evaluate_bpb(model, val, steps, tokenizer.token_bytes(), widths=mode)
+        row["bpb"] = evaluate_bpb(model, val, steps, token_bytes, widths=mode)
     print_table(rows)
     result = {"checkpoint": str(args.checkpoint), "eval_tokens": steps * args.device_batch_size * T,
               "params": model.num_params(), "modes": rows}

@@ -79,9 +79,7 @@ def main(argv=None):
 
     source = ckpt.sha256(file)
     run = Run(folder, args, {"source_sha256": source, "dtype": str(dtype)})
-    if run.meta is not None:
-        path = folder / f"model_{run.start:06d}.pt"
-        ckpt.load_state(model, ckpt.load_torch(path), path)
+    run.restore(model)
     token_bytes = tokenizer.token_bytes()
     eval_steps = max(1, args.eval_tokens // (args.device_batch_size * T))
     names = list(config.distinct_modes) if args.matryoshka else ["god"]
