@@ -10,6 +10,38 @@ import copy
 import torch
 
 from nanochat.mamba_block import WINDOW, MambaState
+from nanochat.matryoshka import rope_tables
+
+
+class Chunk:
+    """
+    T tokens a row that are about to be written: rows start at `starts`, and only the first lengths[r] tokens of row r are
+    valid (all, if None). What the views need to know of it: `positions` (T,) or (B, T); `stop`, the end of the longest
+    row; `slots`, where each valid token goes, or None where all rows stand at one position; and who may see what.
+    """
+    def __init__(self, starts: list[int], T: int, lengths: list[int] | None, device):
+        self.ends = [p + n for p, n in zip(starts, lengths or [T] * len(starts))]
+        self.slots, self.lengths, self.mask, self.device = None, None, None, device
+        if lengths is None and len(set(starts)) == 1:
+            self.start, self.stop = starts[0], self.ends[0]
+            self.positions = torch.arange(self.start, self.stop, device=device)
+            self.is_causal = T > 1 and self.start == 0
+            if T > 1 and self.start > 0:
+                self.mask = self.causal()
+            return
+        start = torch.tensor(starts, device=device)[:, None]
+        self.positions = start + torch.arange(T, device=device)  # (B, T)
+        self.stop, self.is_causal = max(self.ends), False
+        self.mask = self.causal()
+        if lengths is not None:
+            self.lengths = torch.tensor(lengths, device=device)
+        row, t = (self.positions < torch.tensor(self.ends, device=device)[:, None]).nonzero(as_tuple=True)
+        self.slots = row, t, self.positions[row, t]
+
+    def causal(self) -> torch.Tensor:
+        """(1 or B, 1, T, positions) bool: a token sees the positions up to its own."""
+        seen = torch.arange(self.stop, device=self.device) <= self.positions.unsqueeze(-1)
+        return seen[None, None] if seen.dim() == 2 else seen[:, None]
 
 
 class KVView:
@@ -21,7 +53,7 @@ class KVView:
 
     def write(self, k: torch.Tensor, v: torch.Tensor, heads: int | torch.Tensor) -> None:
         """k, v (B, h, T, head_dim) of the tokens announced by `begin`; heads: query heads they have, int or (B, T)."""
-        o, h, T = self.owner, k.size(1), k.size(2)
+        o, h, T = self.owner.chunk, k.size(1), k.size(2)
         if self.heads is None:
             if isinstance(heads, int) and self.width in (None, heads):
                 self.width = heads
@@ -43,7 +75,7 @@ class KVView:
         (k, v, mask, is_causal) for the queries of the tokens just written: the first n_kv heads of all positions, and
         mask (1 or B, 1 or n_head, T, positions) bool, None where queries see all, or all up to themselves (is_causal).
         """
-        o = self.owner
+        o = self.owner.chunk
         k, v = self.k[:, :n_kv, :o.stop], self.v[:, :n_kv, :o.stop]
         if self.heads is None or bool((self.heads[:, :o.stop] >= n_head).all()):
             return k, v, o.mask, o.is_causal
@@ -87,7 +119,7 @@ class MambaView:
 
     def run(self, mixer, u: torch.Tensor, write_only: bool):
         """The mixer's output for u (B, T, D), or None if write_only; the state advances by the valid tokens."""
-        return mixer(u, self.state, write_only=write_only, lengths=self.owner.lengths)
+        return mixer(u, self.state, write_only=write_only, lengths=self.owner.chunk.lengths)
 
     def checkpoint(self, window: int) -> None:
         self.state.checkpoint(window)
@@ -110,14 +142,19 @@ class MatryoshkaKVCache:
     """
     Memory for `batch` sequences of up to `length` tokens. cache[i] is block i's view; pos[r] counts the tokens that row
     r holds. Keys and values are in the dtype of the model's activations, SSM states in fp32.
+
+    What an exited token owes the blocks behind its exit (keys, values, Mamba state) may be deferred: block i is then
+    behind[i] tokens late, and catches up, in one call, when a later token reaches it (DESIGN 6).
     """
     def __init__(self, model, batch: int, length: int):
         c, dtype, device = model.config, model.compute_dtype, model.device
         if length > c.sequence_len:
             raise ValueError(f"a cache of {length} tokens exceeds the model's context of {c.sequence_len}: "
                              "give a shorter prompt or ask for fewer tokens")
-        self.pos, self.length, self.device = [0] * batch, length, device
+        self.pos, self.length, self.device, self.model = [0] * batch, length, device, model
         self.blocks, self.views, self._saved_pos = model.transformer.h, [], None
+        self.chunk, self.behind = None, [0] * c.n_block
+        self._late = []  # (tokens, states, levels) of the last steps, oldest first
         for block in model.transformer.h:
             if block.kind == "attention":
                 shape = (batch, block.attn.n_kv(c.top_width), length, c.head_dim)
@@ -141,39 +178,51 @@ class MatryoshkaKVCache:
         if max(ends) > self.length:
             raise ValueError(f"{max(ends)} tokens do not fit the cache of {self.length}: allocate a longer one, or "
                              "give a shorter prompt")
-        self.ends, self.slots, self.lengths = ends, None, None
-        if lengths is None and len(set(self.pos)) == 1:
-            self.start, self.stop = self.pos[0], ends[0]
-            self.is_causal, self.mask = T > 1 and self.start == 0, None
-            positions = torch.arange(self.start, self.stop, device=self.device)
-            self._positions = positions
-            if T > 1 and self.start > 0:
-                self.mask = self.causal()
-            return positions
-        start = torch.tensor(self.pos, device=self.device)[:, None]
-        offset = torch.arange(T, device=self.device)
-        self._positions = start + offset  # (B, T)
-        self.stop, self.is_causal = max(ends), False
-        self.mask = self.causal()
-        if lengths is not None:
-            self.lengths = torch.tensor(lengths, device=self.device)
-        row, t = (self._positions < torch.tensor(ends, device=self.device)[:, None]).nonzero(as_tuple=True)
-        self.slots = row, t, self._positions[row, t]
-        return self._positions.clamp(max=self.length - 1)
-
-    def causal(self) -> torch.Tensor:
-        """(1 or B, 1, T, positions) bool: a token sees the positions up to its own."""
-        seen = torch.arange(self.stop, device=self.device) <= self._positions.unsqueeze(-1)
-        return seen[None, None] if seen.dim() == 2 else seen[:, None]
+        self.chunk = Chunk(self.pos, T, lengths, self.device)
+        return self.chunk.positions.clamp(max=self.length - 1)
 
     def advance(self) -> None:
         """The announced tokens have been written by every block."""
-        self.pos = self.ends
+        self.pos = self.chunk.ends
+
+    # --- what exited tokens owe
+
+    def defer(self, first: int, idx: torch.Tensor, x: torch.Tensor, levels: list) -> None:
+        """The announced tokens idx (B, T), with states x (B, T, D), owe blocks first, first + 1, ... their memory."""
+        if not any(self.behind):
+            self._late.clear()
+        self._late.append((idx, x, levels))
+        for i in range(first, len(self.behind)):
+            self.behind[i] += idx.size(1)
+
+    def catch_up(self, i: int) -> None:
+        """Block i writes the memory of the tokens that owe it."""
+        late = self.behind[i]
+        if not late:
+            return
+        n = sum(idx.size(1) for idx, _, _ in self._late) - late  # how many of the oldest it has seen
+        idx, x = (torch.cat([entry[j] for entry in self._late], 1)[:, n:] for j in (0, 1))
+        levels = [entry[2][i] for entry in self._late]
+        if len(set(levels)) == 1 and isinstance(levels[0], int):
+            level = levels[0]
+        else:
+            level = torch.cat([torch.as_tensor(d).expand(entry[0].shape) for d, entry in zip(levels, self._late)], 1)[:, n:]
+        c, now = self.model.config, self.chunk
+        self.chunk = Chunk([p - late for p in self.pos], late, None, self.device)
+        rope = rope_tables(self.chunk.positions, c.head_dim, c.rope_base)
+        self.blocks[i](x, level, rope, self.model.value(i, idx), self.views[i], active=False)
+        self.chunk, self.behind[i] = now, 0
+
+    def settle(self) -> None:
+        """Every block catches up."""
+        for i in range(len(self.behind)):
+            self.catch_up(i)
 
     # --- going back
 
     def checkpoint(self, window: int = WINDOW) -> None:
         """From here on the cache can be truncated to any position of the next `window` tokens of a row."""
+        self.settle()
         self._saved_pos = list(self.pos)
         for view in self.views:
             view.checkpoint(window)
@@ -187,6 +236,7 @@ class MatryoshkaKVCache:
         if not len(keep) == len(pos) == len(self.pos) or min(keep) < 0 or any(p > at for p, at in zip(pos, self.pos)):
             raise ValueError(f"rows at {self.pos} cannot go back to {pos}: a position must lie between the last "
                              f"checkpoint ({self._saved_pos}) and the row's own")
+        self.settle()
         index = torch.tensor(keep, device=self.device)
         for block, view in zip(self.blocks, self.views):
             view.rollback(block, index)
@@ -199,11 +249,14 @@ class MatryoshkaKVCache:
         index = torch.tensor(rows, dtype=torch.long, device=self.device)
         for view in self.views:
             view.keep(index)
+        self._late = [(idx[index], x[index], [d if isinstance(d, int) or len(d) == 1 else d[rows] for d in levels])
+                      for idx, x, levels in self._late]
         self.pos, self._saved_pos = [self.pos[r] for r in rows], None
 
     def append(self, other: "MatryoshkaKVCache") -> None:
         """Adds the rows of another cache of the same model and length. A checkpoint is dropped."""
         assert other.length == self.length, "caches of different lengths cannot be joined"
+        self.settle(), other.settle()
         for mine, its in zip(self.views, other.views):
             mine.append(its)
         self.pos, self._saved_pos = self.pos + other.pos, None
@@ -212,5 +265,6 @@ class MatryoshkaKVCache:
         """A copy that shares no memory, without a checkpoint."""
         twin = copy.copy(self)
         twin.pos, twin._saved_pos = list(self.pos), None
+        twin.behind, twin._late = list(self.behind), list(self._late)
         twin.views = [view.clone(twin) for view in self.views]
         return twin

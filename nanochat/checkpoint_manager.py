@@ -9,6 +9,7 @@ A step's meta file is written last and marks the checkpoint as whole. Every file
 """
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -129,8 +130,10 @@ def config_from_dict(kind: str, fields: dict) -> GPTConfig:
     if missing := sorted(set(known) - set(fields)):
         raise ValueError(f"the checkpoint's config lacks {', '.join(missing)}")
     for name, value in fields.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{name} in the checkpoint's config is {value!r}; it must be a whole number")
+        real = known[name].type is float
+        if isinstance(value, bool) or not isinstance(value, (int, float) if real else int) or not math.isfinite(value):
+            raise ValueError(f"{name} in the checkpoint's config is {value!r}; it must be a "
+                             f"{'finite' if real else 'whole'} number")
     return cls(**fields)
 
 

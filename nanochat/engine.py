@@ -5,27 +5,31 @@ independent: each has its own length, width, exit depth, seed and end.
     engine = Engine(model, tokenizer)
     for token in engine.generate(prompt_ids, max_tokens=100, mode="normal", temperature=0.8, top_k=50, seed=1): ...
     for pairs in engine.stream([prompt_a, prompt_b], max_tokens=100, mode=["think", "ghost"]): ...
+    for token in engine.generate(prompt_ids, max_tokens=100, mode="auto", budget=0.6): ...
+    engine.traces[0].flops(model)     # what the last answer cost
 """
 import codecs
-import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 
 from nanochat.cache import MatryoshkaKVCache
 from nanochat.common import get_compute_dtype
+from nanochat.confidence_probe import Controls, check_trained
 from nanochat.mamba_block import FP32_PARAMS
 
 
 def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None) -> None:
     """
-    Casts, in place, the weights to `dtype` (None: the one that the device computes in), except the SSM parameters that
-    stay fp32, so that decoding does not cast them anew for every token. The model cannot be trained on afterwards.
+    Casts, in place, the weights to `dtype` (None: the one that the device computes in), except the SSM parameters and the
+    controls, which stay fp32, so that decoding does not cast them anew for every token. The model cannot be trained on
+    afterwards.
     """
     dtype = dtype or get_compute_dtype(device_type)
     for name, p in model.named_parameters():
         p.requires_grad_(False)
-        if not (".mamba." in name and name.endswith(FP32_PARAMS)):
+        if not (".mamba." in name and name.endswith(FP32_PARAMS)) and not name.startswith(("gate.", "predictor.")):
             p.data = p.data.to(dtype)
     model.compute_dtype = dtype
     model.to(device_type).eval()
@@ -54,10 +58,48 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: f
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+@dataclass
+class Trace:
+    """
+    How one answer was computed: the prompt's length and widths per block, and for each generated token the depth and the
+    widths per block at which it was computed. auto: the controls decided, whose own compute counts too.
+    """
+    prompt_tokens: int
+    widths: tuple[int, ...]
+    auto: bool = False
+    steps: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+
+    def flops(self, model) -> dict[str, float]:
+        """
+        FLOPs of 'prompt' (all of it but its last token, and the predictor), of 'generated' (the passes that the generated
+        tokens came from: the prompt's last token, then all generated ones but the last), memory writes of exited tokens and
+        control networks included, and of the same passes at 'full_prompt' and 'full_generated' compute.
+        """
+        n, config, rates = self.prompt_tokens, model.config, {}
+
+        def spent(position, widths=None, depth=None):
+            if (widths, depth) not in rates:  # a token's cost is linear in its context
+                at = [sum(c.flops for c in model.cost(widths and list(widths), n, depth).values()) for n in (0, 1)]
+                rates[widths, depth] = at[0], at[1] - at[0]
+            base, slope = rates[widths, depth]
+            return base + slope * (position + 1)
+        places = range(n - 1, n - 1 + len(self.steps))
+        out = {"prompt": sum(spent(p, self.widths) for p in range(n - 1)),
+               "generated": sum(spent(p, widths, depth) for p, (depth, widths) in zip(places, self.steps)),
+               "full_prompt": sum(map(spent, range(n - 1))), "full_generated": sum(map(spent, places))}
+        if self.auto:
+            out["prompt"] += model.predictor.flops(n)
+            out["generated"] += model.gate.flops * sum(p <= depth for depth, _ in self.steps for p in config.exit_points)
+        return out
+
+
 class Engine:
-    """Decodes with a model and a tokenizer. `model` should have been through `prepare_inference`."""
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    """
+    Decodes with a model and a tokenizer. `model` should have been through `prepare_inference`. calibration: what
+    fractal_eval --calibrate stored beside it, for mode 'auto'. traces: one Trace for each row of the last call.
+    """
+    def __init__(self, model, tokenizer, calibration: dict | None = None):
+        self.model, self.tokenizer, self.calibration, self.traces = model, tokenizer, calibration, []
 
     def generate(self, prompt: list[int], max_tokens: int, **options) -> Iterator[int]:
         """The tokens that follow one prompt, one by one; options as in `stream`."""
@@ -67,17 +109,18 @@ class Engine:
     @torch.inference_mode()
     def stream(self, prompts: list[list[int]], max_tokens: int, mode=None, depth=None, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Iterable[int] = (),
-               overflow: str = "stop", control=None) -> Iterator[list[tuple[int, int]]]:
+               overflow: str = "stop", budget: float | None = None, control=None) -> Iterator[list[tuple[int, int]]]:
         """
         Yields, a step at a time, [(row, token id), ...] of the rows that are still going; a row ends after max_tokens
         or before a token in `stop`.
 
-        mode: a mode name or width (None: full) for all rows, or a list with one per row.
-        depth: after how many blocks generated tokens exit (None: none does; prompts run all blocks), likewise.
+        mode: a mode name or width (None: full) for all rows, or a list with one per row; 'auto' for all: the predictor
+        picks each row's widths, the gate each token's exit and when a row expands.
+        depth: after how many blocks generated tokens exit (None: none does; prompts run all blocks), likewise. The pass
+        over the prompt's last token is the first that generates: it exits like the others.
         seed: row r draws with seed + r, so a row does not depend on the others.
         overflow: where a row fills the model's context, 'stop' ends it, 'slide' goes on from the last half of it.
-        control: the trained controls, for mode 'auto': control.plan(prompts) gives the widths (rows, n_block), and
-        control(rows, i, x, exits, levels) is GPT.hidden's, for these rows.
+        budget: for 'auto', see Controls. control: Controls to use instead of the model's own.
         ValueError for an empty prompt, one that leaves no room, or options out of range.
         """
         model, n = self.model, len(prompts)
@@ -97,11 +140,12 @@ class Engine:
             if modes != ["auto"] * n:
                 raise ValueError("mode 'auto' cannot be mixed with others in one batch: run those prompts apart")
             if control is None:
-                raise ValueError("mode 'auto' needs trained controls, and this checkpoint has none: choose ghost, "
-                                 "whisper, normal or think")
+                check_trained(model)
+                control = Controls(model, budget, calibration=self.calibration)
             widths = control.plan(prompts)
+        elif budget is not None or control is not None:
+            raise ValueError("a budget has an effect in mode 'auto' only: choose it, or leave the budget away")
         else:
-            control = None
             widths = torch.tensor([model.resolve_widths(m) for m in modes])  # (rows, n_block)
         exits = torch.tensor([[n_block if d is None else d] for d in depths])
         stop, device = set(stop), model.device
@@ -112,9 +156,37 @@ class Engine:
 
         if max_tokens < 1:
             return
+        self.traces = [Trace(len(p), tuple(w), control is not None) for p, w in zip(prompts, widths.tolist())]
         live = list(range(n))
         cache = MatryoshkaKVCache(model, n, length)
-        h = self._prefill(text, widths, cache)
+
+        before, levels = None, None
+
+        def step():
+            nonlocal before, levels
+            idx = torch.tensor([text[r][-1:] for r in live], device=device)
+            now = (widths if control is None else control.widths)[live]
+            if before is None or not torch.equal(now, before):
+                before, levels = now, model.resolve_widths(now)
+            ran = [None if bool((exits[live] == n_block).all()) else exits[live], levels]
+
+            def decide(i, x, exits, levels):
+                ran[:] = control(live, i, x, exits, levels)
+                return ran
+            h = model.hidden(idx, levels, ran[0], cache, control=control and decide)[:, -1]
+            depths = [n_block] * len(live) if ran[0] is None else ran[0][:, 0].tolist()
+            for i, (r, d) in enumerate(zip(live, depths)):
+                at = tuple(w if isinstance(w, int) else int(w.expand(len(live), 1)[i, 0]) for w in ran[1])
+                self.traces[r].steps.append((d, at))
+            return h
+        if control is None and exits.min() == n_block:
+            h = self._prefill(text, widths, cache)
+            for trace in self.traces:
+                trace.steps.append((n_block, trace.widths))
+        else:
+            if max(map(len, text)) > 1:
+                self._prefill([t[:-1] for t in text], widths, cache)
+            h = step()
         while live:
             tokens = self._sample(model.logits(h), [generators[r] for r in live], temperature, top_k, top_p)
             stay, pairs = [], []
@@ -137,16 +209,14 @@ class Engine:
             for i in full:  # slide: the row starts again from the last half of its context, the newest token apart
                 fresh = MatryoshkaKVCache(model, 1, length)
                 r = live[i]
-                self._prefill([text[r][-max(2, limit // 2):-1]], widths[r:r + 1], fresh)
+                now = (widths if control is None else control.widths)[r:r + 1]
+                self._prefill([text[r][-max(2, limit // 2):-1]], now, fresh)
                 cache.append(fresh)
             if full:
                 rows = [i for i in range(len(live)) if i not in full]
                 cache.keep(rows + list(range(len(live), len(live) + len(full))))
                 live = [live[i] for i in rows + full]
-            idx = torch.tensor([text[r][-1:] for r in live], device=device)
-            decide = None if control is None else functools.partial(control, live)
-            h = model.hidden(idx, widths[live], None if bool((exits[live] == n_block).all()) else exits[live], cache,
-                             control=decide)[:, -1]
+            h = step()
 
     def _prefill(self, texts: list[list[int]], widths, cache) -> torch.Tensor:
         """Runs the texts, of different lengths, into the cache; the hidden state (B, D) of each one's last token."""

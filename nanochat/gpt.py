@@ -144,6 +144,7 @@ class GPT(nn.Module):
         """
         None (full), a mode name, a width, one of these per block, or an int64 tensor on the CPU of levels per row and
         block (B, n_block) or per token and block (B, T, n_block) -> per block a width, or (B, T or 1) where rows differ.
+        A list of soft prefix masks (matryoshka.soft_masks), one per block, stays what it is.
         ValueError if a level is not allowed.
         """
         modes, levels, n = self.config.modes, self.config.levels, len(self.transformer.h)
@@ -161,7 +162,7 @@ class GPT(nn.Module):
             return [int(w.flatten()[0]) if bool((w == w.flatten()[0]).all()) else w for w in each]
         if len(widths) != n:
             raise ValueError(f"{len(widths)} widths were given for {n} blocks")
-        return [resolve_level(w, modes, levels) for w in widths]
+        return [w if isinstance(w, torch.Tensor) else resolve_level(w, modes, levels) for w in widths]
 
     def hidden(self, idx: torch.Tensor, widths=None, exits=None, cache=None, lengths=None, control=None) -> torch.Tensor:
         """
@@ -170,8 +171,8 @@ class GPT(nn.Module):
         (keys, values, Mamba state), as decoding does (DESIGN 6). None: all blocks.
         cache: continue from it, and advance it by T tokens, or by lengths[r] in row r, whose other tokens are padding;
         without one, a sequence starts at position 0.
-        control: decides on the way. At every exit point, control(i, x, exits, levels) sees the state x (B, T, D) behind i
-        blocks and returns exits (B, T) and the levels of all blocks, changed only from block i on.
+        control: decides on the way. At every exit point that some token reaches, control(i, x, exits, levels) sees the
+        state x (B, T, D) behind i blocks and returns exits (B, T) and the levels of all blocks, changed only from i on.
         """
         c, (B, T) = self.config, idx.shape
         if cache is not None:
@@ -188,15 +189,22 @@ class GPT(nn.Module):
         levels = self.resolve_widths(widths)
         x = norm(self.embed(self.transformer.wte, idx), c.d_ref, c.norm_eps)
         for i, block in enumerate(self.transformer.h):
-            if control is not None and i in c.exit_points:
+            if control is not None and i in c.exit_points and i < int(exits.max()):
                 exits, levels = control(i, x, exits, levels)
             active = None
             if exits is not None:
                 deepest = int(exits.max())
                 if i >= deepest and cache is None:
                     break  # nobody is left to be updated, and there is no memory to write
+                if i >= deepest and lengths is None:
+                    cache.defer(i, idx, x, levels)
+                    break
                 active = False if i >= deepest else None if i < int(exits.min()) else (exits > i).to(idx.device)
-            level = levels[i] if isinstance(levels[i], int) else levels[i].expand(B, T)
+            if cache is not None:
+                cache.catch_up(i)
+            level = levels[i]
+            if isinstance(level, torch.Tensor) and not level.is_floating_point():
+                level = level.expand(B, T)
             x = block(x, level, rope, self.value(i, idx), cache[i] if cache is not None else None, active)
         if cache is not None:
             cache.advance()
@@ -209,14 +217,15 @@ class GPT(nn.Module):
         """Value embeddings of the tokens for block i, (B, T, kv width), or None: the base has none."""
         return None
 
-    def forward(self, idx, targets=None, widths=None, exits=None, cache=None, lengths=None, teacher=None, reduction="mean"):
+    def forward(self, idx, targets=None, widths=None, exits=None, cache=None, lengths=None, control=None, teacher=None,
+                reduction="mean"):
         """
-        idx (B, T) int64; widths, exits, cache, lengths: see `hidden`.
+        idx (B, T) int64; widths, exits, cache, lengths, control: see `hidden`.
         Without targets: logits (B, T, vocab) fp32. With targets (B, T) int64 (-1 = not supervised):
         cross-entropy in nats, the mean or ("none") per token (B*T,), and the hidden states (B, T, D) detached.
         With `teacher` (B, T, D) hidden states too: KL(teacher || this pass), likewise.
         """
-        h = self.hidden(idx, widths, exits, cache, lengths)
+        h = self.hidden(idx, widths, exits, cache, lengths, control)
         if targets is None:
             assert teacher is None, "distillation needs targets: they say which positions are supervised"
             return self.logits(h)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 
+from nanochat.confidence_probe import ConfidenceGate, LayerDimPredictor, check_thresholds
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.mamba_block import Mamba2
 from nanochat.matryoshka import MLP, AttentionBlock, add_prefix, norm
@@ -21,7 +22,9 @@ class HybridConfig(GPTConfig):
     n_layer counts the base's layers; the hybrid has twice as many blocks. d_ref is the width of the base it was cut
     from. top_width is that of attention, MLP and value embeddings: n_embd, or less in an extracted sub-model.
     mamba_group_width is the width that one group of B, C and of the gated norm serves: growth appends whole groups, so
-    that old ones stay as they are.
+    that old ones stay as they are. Mode `auto`: a token exits where the gate is surer than exit_threshold, a row expands
+    where it is less sure than expand_threshold; the gate learns whether a token's loss at an exit is within exit_tau nats
+    of its loss at full depth.
     """
     d_ref: int = 2048
     top_width: int = 2048
@@ -30,9 +33,15 @@ class HybridConfig(GPTConfig):
     mamba_d_state: int = 128
     mamba_d_conv: int = 4
     mamba_group_width: int = 768
+    exit_threshold: float = 0.95
+    expand_threshold: float = 0.50
+    exit_tau: float = 0.05
 
     def __post_init__(self):
         super().__post_init__()
+        check_thresholds(self.exit_threshold, self.expand_threshold)
+        if self.exit_tau < 0:
+            raise ValueError(f"exit_tau is {self.exit_tau}; it must be at least 0")
         if self.d_inner % self.mamba_group_width:
             raise ValueError(f"the inner Mamba width {self.d_inner} ({self.mamba_expand} x {self.n_embd}) is no multiple of "
                              f"the group width {self.mamba_group_width}: choose a width or a group width that divides")
@@ -100,10 +109,13 @@ class MambaBlock(nn.Module):
 class HybridGPT(GPT):
     """
     Parameter names: transformer.h.{2i} is the base's layer i, transformer.h.{2i+1}.{mamba,mlp} the Mamba block
-    behind it, value_embeds.{2i} the table of attention block 2i (every second one has one, the last always).
+    behind it, value_embeds.{2i} the table of attention block 2i (every second one has one, the last always);
+    gate and predictor are the controls of mode `auto`.
     """
     def __init__(self, config: HybridConfig):
         super().__init__(config)
+        self.gate = ConfidenceGate(config.n_embd, len(config.exit_points))
+        self.predictor = LayerDimPredictor(config.n_embd, config.n_block, len(config.levels))
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, block.attn.c_v.out_features)
                                            for i, block in enumerate(self.transformer.h)
                                            if block.kind == "attention" and block.attn.ve_gate is not None})
@@ -127,6 +139,8 @@ class HybridGPT(GPT):
                 nn.init.zeros_(block.mamba.out_proj.weight)
         for table in self.value_embeds.values():
             nn.init.zeros_(table.weight)
+        self.gate.init_weights()
+        self.predictor.init_weights()
 
     def value(self, i, idx):
         key = str(i)
@@ -137,5 +151,7 @@ class HybridGPT(GPT):
         mamba = sum(p.numel() for b in self.transformer.h if b.kind == "mamba" for p in b.parameters())
         values = sum(p.numel() for p in self.value_embeds.parameters())
         values += sum(p.numel() for n, p in self.named_parameters() if ".ve_gate." in n)
+        control = sum(p.numel() for m in (self.gate, self.predictor) for p in m.parameters())
         total = sum(p.numel() for p in self.parameters())
-        return {"base": total - mamba - values, "mamba": mamba, "value_embeds": values, "total": total}
+        return {"base": total - mamba - values - control, "mamba": mamba, "value_embeds": values, "control": control,
+                "total": total}

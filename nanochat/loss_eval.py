@@ -4,10 +4,17 @@ What the model is trained on and judged by: cross-entropy, distillation of a nar
 Logits are never whole in memory: the head, the softmax and both their gradients run over chunks of tokens, forward and
 backward in one sweep. At 4096 tokens and 8192 classes on two cores that takes 270 ms where the plain loss takes 835.
 """
+import functools
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from nanochat.confidence_probe import Controls, gumbel_choice, level_shares, predict
+from nanochat.matryoshka import cost_table, energy, expand_from, norm, sample_exits, sample_levels, soft_masks
 
 CHUNK = 256  # tokens; their fp32 logits for 8192 classes are 8 MB, which stays in a CPU's last-level cache
 
@@ -99,18 +106,145 @@ def evaluate_bpb(model, batches, steps: int, token_bytes: torch.Tensor, **forwar
     return nats / (math.log(2) * count)
 
 
-def matryoshka_backward(model, x, y, students: list, scale: float) -> dict[str, torch.Tensor]:
+class Student(NamedTuple):
+    """A narrow pass: widths and exits (see GPT.hidden) of the batch's rows [start, stop); None: all that there are."""
+    widths: object = None
+    exits: torch.Tensor | None = None
+    start: int = 0
+    stop: int | None = None
+
+
+def sample_students(config, rows: int, T: int, starts: torch.Tensor, generator: torch.Generator) -> list[Student]:
+    """
+    One step's student passes over `rows` rows (DESIGN 8): sampled levels and an exit per token; in a quarter of the rows
+    some blocks go one level up from a random position on. starts (rows,): where a row's prompt ends; see sample_exits.
+    """
+    widths = sample_levels(config.levels, config.n_block, generator)
+    exits = sample_exits(config.exit_points, config.n_block, starts, T, generator)
+    some = rows // 4
+    if some == 0 or min(widths) == config.top_width:
+        return [Student(widths, exits)]
+    grown = expand_from(widths, config.levels, starts[:some], T, generator)
+    return [Student(grown, exits[:some], 0, some), Student(widths, exits[some:], some, rows)]
+
+
+def matryoshka_backward(model, x, y, students: list[Student], scale: float,
+                        gate_at: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """
     One training step's losses (DESIGN 8), backward included, each multiplied by `scale`: cross-entropy of the full
-    pass (the teacher), then for each entry of `students` (widths, see GPT.resolve_widths) the KL of that narrow pass
-    to the teacher's detached distribution, averaged over the students. The teacher's graph is freed before a student's
-    is built. Returns the losses, detached, as 'loss' and 'kl'.
+    pass (the teacher), then for each student the KL of that narrow pass to the teacher's detached distribution, averaged
+    over the supervised tokens of all students. The teacher's graph is freed before a student's is built. gate_at: flat
+    indices into (B, T) of supervised tokens; the gate learns from the teacher pass at these. Returns the losses, detached:
+    'loss', 'kl', 'gate'.
     """
-    loss, teacher = model(x, y)
+    shadow = None if gate_at is None else Shadow(gate_at)
+    loss, teacher = model(x, y, control=shadow)
     (loss * scale).backward()
     out = {"loss": loss.detach()}
-    for widths in students:
-        kl, _ = model(x, y, widths=widths, teacher=teacher)
-        (kl * (scale / len(students))).backward()
-        out["kl"] = out.get("kl", 0) + kl.detach() / len(students)
+    counts = [int((y[s.start:s.stop] >= 0).sum()) for s in students]
+    for s, count in zip(students, counts):
+        if count == 0:
+            continue
+        rows = slice(s.start, s.stop)
+        kl, _ = model(x[rows], y[rows], widths=s.widths, exits=s.exits, teacher=teacher[rows])
+        share = count / sum(counts)
+        (kl * (scale * share)).backward()
+        out["kl"] = out.get("kl", 0) + kl.detach() * share
+    if shadow is not None:
+        here = gate_at.to(x.device)
+        gate, _ = gate_loss(model, shadow, teacher.flatten(0, 1)[here], y.flatten()[here])
+        (gate * scale).backward()
+        out["gate"] = gate.detach()
     return out
+
+
+class Shadow:
+    """
+    Looks on at a pass's exit points, as GPT.hidden's control, and keeps the states of a few tokens for the gate. at: flat
+    indices into (B, T). `inner`: another control that decides meanwhile; only tokens that it lets reach a point count there.
+    """
+    def __init__(self, at: torch.Tensor, inner=None):
+        self.at, self.inner, self.seen = at, inner, []
+
+    def __call__(self, i, x, exits, levels):
+        at = self.at.to(x.device)
+        self.seen.append((i, x.flatten(0, 1)[at].detach(), exits.flatten()[self.at] > i))
+        return self.inner(i, x, exits, levels) if self.inner else (exits, levels)
+
+
+def gate_loss(model, shadow: Shadow, full: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """
+    Shadow loss: binary cross-entropy of the gate against [a token's loss at an exit <= its own loss at full depth +
+    exit_tau], over the tokens and exit points that `shadow` has seen. full (M, D): normed final states of the same tokens at
+    full depth; targets (M,) int64, none of them negative. Only the gate gets gradient. Returns the mean and 'brier',
+    'rate' (share of labels that are 1), and the 'confidence' and 'label' of every pair (N,).
+    """
+    c, head = model.config, model.lm_head.weight.detach()
+    with torch.no_grad():
+        own = head_loss(full[None], head, targets[None], c.softcap, reduction="none")
+    logits, labels = [], []
+    for i, x, here in shadow.seen:
+        h = norm(x, c.d_ref, c.norm_eps)
+        with torch.no_grad():
+            loss = head_loss(h[None], head, targets[None], c.softcap, reduction="none")
+        here = here.to(h.device)
+        logits.append(model.gate(h, c.exit_points.index(i))[here])
+        labels.append((loss <= own + c.exit_tau).float()[here])
+    logits, labels = torch.cat(logits), torch.cat(labels)
+    sure = torch.sigmoid(logits.detach())
+    return F.binary_cross_entropy_with_logits(logits, labels), {
+        "brier": float((sure - labels).square().mean()), "rate": float(labels.mean()), "confidence": sure, "label": labels}
+
+
+def predictor_loss(model, x, y, starts, budget: float, temperature: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    (cross-entropy behind the prompts at levels sampled from the predictor, their mean cost as a share of full compute), both
+    with gradient to the predictor alone, through straight-through Gumbel-softmax and soft prefix masks (DESIGN 7). x, y (B,
+    T); starts (B,) int64: a row's first starts[r] tokens are the prompt, which is all that the predictor sees, and the loss
+    counts from the prompt's last token on, the one that the first generated token comes from. Rows share the budget, so
+    that easy ones can leave compute to hard ones.
+    """
+    T, c = x.size(1), model.config
+    t = torch.arange(T, device=x.device)
+    starts = starts.to(x.device)[:, None]
+    choice = gumbel_choice(predict(model, x, t < starts, budget), temperature, generator)
+    table, fixed = cost_table(model, c.sequence_len / 2)
+    frozen = {name: p.detach() for name, p in model.named_parameters()}
+    loss, _ = functional_call(model, frozen, (x, torch.where(t >= starts - 1, y, -1)),
+                              {"widths": soft_masks(choice, c.levels, c.top_width)})
+    return loss, energy(choice, table, fixed).mean()
+
+
+def controls_backward(model, x, y, starts, generator: torch.Generator, temperature: float, tokens: int = 256,
+                      scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """
+    One step of training the controls alone, on the model as it is: backward of the shadow loss and of the predictor's
+    cross-entropy + |cost - budget|, each multiplied by `scale`. x, y (B, T), starts (B,): see predictor_loss.
+
+    The gate learns on the passes that it will see: widths planned by the predictor for a random budget, exits by the gate
+    itself at a random threshold. A token's own loss at full depth is that at full width too, since that is the answer it
+    would replace. `tokens`: how many supervised tokens it looks at. Returns 'loss' (the cross-entropy of the sampled plan),
+    'budget' and 'share' (asked and expected cost), 'gate' and 'brier'.
+    """
+    c, (B, T) = model.config, x.shape
+    _, floor = level_shares(model)
+    draw = torch.rand(3, generator=generator).tolist()
+    budget, leave = floor + (1 - floor) * draw[0], 0.5 + 0.5 * draw[1]
+    behind = torch.arange(T) >= starts[:, None] - 1
+    at = (behind & (y.cpu() >= 0)).flatten().nonzero()[:, 0]
+    at = at[torch.randperm(len(at), generator=generator)[:tokens]]
+
+    control = Controls(model, budget, leave, min(leave, c.expand_threshold))
+    decide = functools.partial(control, list(range(B)), acts=behind)
+    shadow = Shadow(at, decide)
+    with torch.no_grad():
+        full = model.hidden(x).flatten(0, 1)[at.to(x.device)]
+        model.hidden(x, control.plan([row[:n] for row, n in zip(x.tolist(), starts.tolist())]).clone(), control=shadow)
+    gate, seen = gate_loss(model, shadow, full, y.flatten()[at.to(y.device)])
+    (gate * scale).backward()
+
+    budget = floor + (1 - floor) * draw[2]
+    loss, share = predictor_loss(model, x, y, starts, budget, temperature, generator)
+    ((loss + (share - budget).abs()) * scale).backward()
+    return {"loss": loss.detach(), "gate": gate.detach(), "brier": torch.tensor(seen["brier"]), "share": share.detach(),
+            "budget": torch.tensor(budget)}

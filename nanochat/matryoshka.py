@@ -61,6 +61,31 @@ def sample_levels(levels: tuple[int, ...], n_block: int, generator: torch.Genera
     return [levels[int(i)] for i in at]
 
 
+def sample_exits(exit_points: tuple[int, ...], n_block: int, starts: torch.Tensor, T: int,
+                 generator: torch.Generator) -> torch.Tensor:
+    """
+    (B, T) int64 exit depths for one student pass: each token from starts[row] on leaves at a random exit point or runs to
+    the end, those before it, the prompt, run all blocks, as in decoding.
+    """
+    choices = torch.tensor([*exit_points, n_block])
+    exits = choices[torch.randint(len(choices), (len(starts), T), generator=generator)]
+    return torch.where(torch.arange(T) < starts[:, None], n_block, exits)
+
+
+def expand_from(widths: list[int], levels: tuple[int, ...], starts: torch.Tensor, T: int,
+                generator: torch.Generator) -> torch.Tensor:
+    """
+    Widths (B, T, n_block) int64 as decoding leaves them in its mixed cache when rows expand: one level up, in the blocks
+    from a random one of the second half on, from a random position behind starts[row] on.
+    """
+    n, table = len(widths), torch.tensor(levels)
+    at = torch.searchsorted(table, torch.tensor(widths)).expand(len(starts), T, n)
+    where = starts + (torch.rand(len(starts), generator=generator) * (T - starts)).long()
+    block = torch.randint(n // 2, n, (len(starts),), generator=generator)
+    up = (torch.arange(T)[:, None] >= where[:, None, None]) & (torch.arange(n) >= block[:, None, None])
+    return table[(at + up).clamp(max=len(levels) - 1)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers
 
@@ -146,6 +171,16 @@ def per_level(level: int | torch.Tensor, fn, *tensors: torch.Tensor) -> torch.Te
     return rows[order].view(*level.shape, n)
 
 
+def split_level(level: int | torch.Tensor, top: int) -> tuple[int | torch.Tensor, torch.Tensor | None]:
+    """
+    A block's level as (level, soft prefix mask or None). A float tensor (B, 1, top) is a soft mask of the leading dims:
+    the block then runs whole, with what lies behind the mask's ones zero. That costs full width; it is for training
+    the predictor, whose gradient comes through the mask, and equals the slice where the mask is hard.
+    """
+    soft = isinstance(level, torch.Tensor) and level.is_floating_point()
+    return (top, level) if soft else (level, None)
+
+
 class Attention(nn.Module):
     """
     Causal self-attention at any width d: h = d / head_dim heads read and write the first d residual dims.
@@ -175,14 +210,15 @@ class Attention(nn.Module):
     def _keys(self, d, u):
         return sliced_linear(u[..., :d], self.c_k.weight, self.n_kv(d) * self.head_dim)
 
-    def _values(self, d, u, value=None):
+    def _values(self, d, u, value=None, mask=None):
         n = self.n_kv(d) * self.head_dim
         v = sliced_linear(u[..., :d], self.c_v.weight, n)
         if self.ve_gate is None:
             return v
         # u grows as a slice shrinks; sqrt(d / d_ref) undoes it, so the gate sees one scale at every width
         c = self.ve_gate.in_features
-        gate = 2 * torch.sigmoid(sliced_linear(u[..., :c] * (d / self.d_ref) ** 0.5, self.ve_gate.weight, self.n_kv(d)))
+        scale = (d / self.d_ref) ** 0.5 if mask is None else (mask.sum(-1, keepdim=True) / self.d_ref).sqrt()
+        gate = 2 * torch.sigmoid(sliced_linear(u[..., :c] * scale, self.ve_gate.weight, self.n_kv(d)))
         return v + gate.repeat_interleave(self.head_dim, dim=-1) * value[..., :n]
 
     def forward(self, x, level, rope, value=None, cache=None, write_only=False):
@@ -195,10 +231,16 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         hd = self.head_dim
+        level, mask = split_level(level, self.c_q.out_features)
+        if mask is not None:
+            x = x[..., :level] * mask
         u = per_level(level, lambda d, x: norm(x[..., :d], self.d_ref, self.eps), x)
         d = u.size(-1)
         k = per_level(level, self._keys, u).view(B, T, -1, hd)
-        v = per_level(level, self._values, u, *(() if value is None else (value,))).view(B, T, -1, hd)
+        if mask is None:
+            v = per_level(level, self._values, u, *(() if value is None else (value,))).view(B, T, -1, hd)
+        else:  # a kv head is on if the first of its query heads is; q and k then need no mask
+            v = self._values(level, u, value, mask).view(B, T, -1, hd) * mask.unflatten(-1, (-1, hd))[:, :, ::self.group]
         k = norm(apply_rope(k, rope), hd, self.eps)
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, kv heads, T, head_dim)
         heads = level // hd  # query heads that a position has: an int, or (B, T)
@@ -208,19 +250,20 @@ class Attention(nn.Module):
             return None
         q = per_level(level, self._queries, u).view(B, T, -1, hd)
         q = norm(apply_rope(q, rope), hd, self.eps).transpose(1, 2)  # (B, heads, T, head_dim)
-        mask, is_causal = None, True
+        seen, is_causal = None, True
         if cache is not None:
-            k, v, mask, is_causal = cache.read(k.size(1), d // hd)
+            k, v, seen, is_causal = cache.read(k.size(1), d // hd)
         elif not isinstance(level, int):
-            mask, is_causal = head_mask(heads.to(x.device), d // hd), False
+            seen, is_causal = head_mask(heads.to(x.device), d // hd), False
         if d // hd != k.size(1):
             k, v = (t.repeat_interleave(self.group, dim=1)[:, :d // hd] for t in (k, v))
         if is_causal:
             y = causal_attention(q, k, v)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         y = y.transpose(1, 2).reshape(B, T, d)
-        return per_level(level, lambda d, y: sliced_linear(y[..., :d], self.c_proj.weight, d), y)
+        y = per_level(level, lambda d, y: sliced_linear(y[..., :d], self.c_proj.weight, d), y)
+        return y if mask is None else y * mask
 
 
 class MLP(nn.Module):
@@ -232,13 +275,18 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(D, 4 * D, bias=False)
         self.c_proj = nn.Linear(4 * D, D, bias=False)
 
-    def _update(self, d, x):
+    def _update(self, d, x, mask=None):
         u = norm(x[..., :d], self.d_ref, self.eps)
-        hidden = sliced_linear(u, self.c_fc.weight, 4 * d)
-        return sliced_linear(F.relu(hidden).square(), self.c_proj.weight, d)
+        hidden = F.relu(sliced_linear(u, self.c_fc.weight, 4 * d)).square()
+        if mask is not None:
+            hidden = hidden * mask.repeat_interleave(4, dim=-1)
+        return sliced_linear(hidden, self.c_proj.weight, d)
 
     def forward(self, x, level):
-        """x (B, T, D) -> the update of its first d dims, (B, T, d); level: an int or (B, T)."""
+        """x (B, T, D) -> the update of its first d dims, (B, T, d); level: see AttentionBlock."""
+        level, mask = split_level(level, self.c_fc.in_features)
+        if mask is not None:
+            return self._update(level, x[..., :level] * mask, mask) * mask
         return per_level(level, self._update, x)
 
 
@@ -256,7 +304,8 @@ def head_mask(heads: torch.Tensor, n: int) -> torch.Tensor:
 
 class AttentionBlock(nn.Module):
     """
-    One residual unit: attention, then MLP, both at one level (an int) or each token at its own ((B, T) on the CPU).
+    One residual unit: attention, then MLP, both at one level (an int), or each token at its own ((B, T) int64 on the CPU),
+    or under a soft prefix mask (see split_level).
     active: None (all tokens are updated), (B, T) bool, or False: all have exited and only write their memory.
     """
     kind = "attention"
@@ -327,3 +376,32 @@ def block_cost(block: nn.Module, d: int, context: float, exited: bool = False) -
     matmul = flops["in_proj"] + flops["out_proj"]
     return mlp, Cost(matmul=matmul, scan=flops["conv"] + flops["scan"], weights=matmul / 2,
                      state=block.mamba.d_inner * block.mamba.d_state, conv=block.mamba.conv_dim * block.mamba.d_conv)
+
+
+def cost_table(model, context: float) -> tuple[torch.Tensor, float]:
+    """
+    FLOPs of one token's dynamic part, by block and level, (n_block, n_levels) fp64 with levels ascending, and those of all
+    that does not shrink with width (Mamba mixers, head): what a choice of levels costs, as a sum.
+    """
+    table = torch.tensor([[block_cost(block, d, context)[0].flops for d in model.config.levels]
+                          for block in model.transformer.h], dtype=torch.float64)
+    parts = model.cost(context=context)
+    return table, parts["static"].flops + parts["head"].flops
+
+
+def energy(choice: torch.Tensor, table: torch.Tensor, fixed: float = 0.0) -> torch.Tensor:
+    """
+    The expected cost of `choice` (B, n_block, n_levels), probabilities or one-hot, as a share of full width: (B,) in
+    (0, 1], differentiable in `choice`. table (n_block, n_levels) and fixed are FLOPs (cost_table), or seconds measured.
+    """
+    spent = (choice * table.to(choice)).sum((-2, -1))
+    return (spent + fixed) / (float(table[:, -1].sum()) + fixed)
+
+
+def soft_masks(choice: torch.Tensor, levels: tuple[int, ...], top: int) -> list[torch.Tensor]:
+    """
+    choice (B, n_block, n_levels), probabilities or one-hot -> a soft prefix mask (B, 1, top) for each block: residual dim j
+    is on by the probability that the level is above j.
+    """
+    prefix = torch.arange(top, device=choice.device) < torch.tensor(levels, device=choice.device)[:, None]
+    return list((choice @ prefix.to(choice)).unsqueeze(2).unbind(1))

@@ -14,6 +14,7 @@ from nanochat.common import has_native_bf16
 RULES = (
     (r"^lm_head\.", "unembedding"),
     (r"^(transformer\.wte|value_embeds)\.", "embedding"),
+    (r"^(gate|predictor)\.", "control"),
     (r"\.(A_log|dt_bias|D|conv1d\.weight|conv1d\.bias|norm\.weight|ve_gate\.weight)$", "scalar"),
     (r"^transformer\.h\.\d+\.(attn|mlp|mamba)\.\w+\.weight$", "matrix"),
 )
@@ -75,13 +76,14 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, update.to(params[0].dtype).unbind(0), alpha=-lr)
 
 
-def setup_optimizers(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, scalar_lr=0.004) -> list:
+def setup_optimizers(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, scalar_lr=0.004,
+                     control_lr=0.002) -> list:
     """
     [AdamW, Muon] over the model's trainable parameters (an optimizer without any is left out). AdamW's learning rates
-    are given for width 768 and scaled by (width / 768)^-0.5; weight decay is zero, nanochat-d32's choice. Each group
-    carries its name and `initial_lr`, which the schedule multiplies.
+    are given for width 768 and scaled by (width / 768)^-0.5, except the controls', whose size hardly varies; weight decay
+    is zero, nanochat-d32's choice. Each group carries its name and `initial_lr`, which the schedule multiplies.
     """
-    members = {"embedding": [], "unembedding": [], "scalar": [], "matrix": []}
+    members = {"embedding": [], "unembedding": [], "scalar": [], "control": [], "matrix": []}
     for name, p in model.named_parameters():
         if p.requires_grad:
             members[group_of(name)].append(p)
@@ -90,7 +92,8 @@ def setup_optimizers(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.0
     assert len(owned) == len(set(owned)) and set(owned) == set(trainable), "a parameter has no owner, or two"
 
     scale = (model.config.n_embd / 768) ** -0.5
-    lrs = {"embedding": embedding_lr * scale, "unembedding": unembedding_lr * scale, "scalar": scalar_lr * scale}
+    lrs = {"embedding": embedding_lr * scale, "unembedding": unembedding_lr * scale, "scalar": scalar_lr * scale,
+           "control": control_lr}
     optimizers = []
     adam_groups = [{"params": members[k], "lr": lr, "initial_lr": lr, "name": k} for k, lr in lrs.items() if members[k]]
     if adam_groups:

@@ -1,15 +1,18 @@
 r"""
 Trains a hybrid so that all its widths work: stage 1 trains what surgery added and keeps the base as it was;
---unfreeze then trains everything at a lower learning rate.
+--unfreeze then trains everything at a lower learning rate; --controls then fits the predictor and the gate of mode auto.
 
     python -m scripts.fractal_train --checkpoint \
         $NANOCHAT_BASE_DIR/hybrid_checkpoints/d4_256 --stage 1 --matryoshka --sample-dim
     python -m scripts.fractal_train --checkpoint \
         $NANOCHAT_BASE_DIR/fractal_checkpoints/d4_256 --unfreeze --matryoshka --sample-dim
+    python -m scripts.fractal_train --checkpoint \
+        $NANOCHAT_BASE_DIR/fractal_checkpoints/d4_256_unfrozen --controls
 
 Each step runs a full pass (teacher, cross-entropy) and, with --matryoshka, narrow passes (students) that learn the
-teacher's distribution at sampled widths (exits are not sampled yet). The result is model.pt, config.json and tokenizer/
-in fractal_checkpoints/<tag>_<width>[_unfrozen]/ under NANOCHAT_BASE_DIR, beside the step checkpoints that an
+teacher's distribution at sampled widths and exits, while the gate looks on. With --controls the model stays as it is, and
+gate and predictor learn on the passes that they decide themselves. The result is model.pt, config.json and tokenizer/ in
+fractal_checkpoints/<tag>_<width>[_unfrozen][_auto]/ under NANOCHAT_BASE_DIR, beside the step checkpoints that an
 interrupted run resumes from.
 """
 import argparse
@@ -20,18 +23,25 @@ from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, get_base_dir, print0
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
-from nanochat.loss_eval import evaluate_bpb, matryoshka_backward
-from nanochat.matryoshka import sample_levels
+from nanochat.loss_eval import Student, controls_backward, evaluate_bpb, matryoshka_backward, sample_students
 from nanochat.optim import setup_optimizers
 from nanochat.training import Run, add_training_args, compile_blocks, derive_batch
+
+CONTROLS = ("gate.", "predictor.")
+GATE_TOKENS = 128  # tokens per pass that the gate learns from: at most 5 % of a step's time (bench train)
 
 
 def freeze_base(model) -> None:
     """Stage 1's rule, what is new is trained and what is old is frozen: only what surgery added keeps its gradient."""
     for name, p in model.named_parameters():
         block = model.transformer.h[int(name.split(".")[2])] if name.startswith("transformer.h.") else None
-        p.requires_grad_(name.startswith("value_embeds.") or ".ve_gate." in name
+        p.requires_grad_(name.startswith(("value_embeds.", *CONTROLS)) or ".ve_gate." in name
                          or (block is not None and block.kind == "mamba"))
+
+
+def random_splits(rows: int, T: int, generator: torch.Generator) -> torch.Tensor:
+    """Where plain text is cut into a prompt and what follows, (rows,): somewhere in its second to fourth eighth."""
+    return torch.randint(max(1, T // 8), max(2, T // 2), (rows,), generator=generator)
 
 
 @cli
@@ -46,11 +56,15 @@ def main(argv=None):
     p.add_argument("--matryoshka", action="store_true", help="also train narrow widths, by distillation from the full pass")
     p.add_argument("--sample-dim", action="store_true",
                    help="sample one width per block and step, instead of a pass at every level in every step")
+    p.add_argument("--controls", action="store_true",
+                   help="train the predictor and the gate alone, for mode auto, and leave the model as it is")
     p.add_argument("--tag", default=None, help="name of the family (default: the checkpoint's)")
     add_training_args(p)
     args = p.parse_args(argv)
     if args.sample_dim and not args.matryoshka:
         raise ValueError("--sample-dim has no effect without --matryoshka: add it, or drop --sample-dim")
+    if args.controls and (args.matryoshka or args.unfreeze):
+        raise ValueError("--controls trains nothing but the controls: drop --matryoshka, --sample-dim and --unfreeze")
     if args.lr_scale is None:
         args.lr_scale = 0.3 if args.unfreeze else 1.0
 
@@ -64,11 +78,20 @@ def main(argv=None):
     if args.compile:
         compile_blocks(model)
     args.tag = args.tag or info.get("tag", f"d{config.n_layer}")
-    folder = get_base_dir() / "fractal_checkpoints" / f"{args.tag}_{config.n_embd}{'_unfrozen' if args.unfreeze else ''}"
+    source_is_unfrozen = str(info.get("provenance", {}).get("trained", "")).startswith("unfrozen")
+    suffix = ("_unfrozen" if args.unfreeze or (args.controls and source_is_unfrozen) else "") + "_auto" * args.controls
+    folder = get_base_dir() / "fractal_checkpoints" / f"{args.tag}_{config.n_embd}{suffix}"
     if folder.resolve() == file.parent.resolve():
         raise ValueError(f"{folder} is both the source and the destination: name another family with --tag")
-    if not args.unfreeze:
+    if args.controls:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.startswith(CONTROLS))
+    elif not args.unfreeze:
         freeze_base(model)
+    if not args.controls:  # which the predictor's own runs train
+        model.predictor.requires_grad_(False)
+    if not (args.controls or args.matryoshka):
+        model.gate.requires_grad_(False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts = model.num_params()
     print0("parameters " + ", ".join(f"{k} {v:,}" for k, v in counts.items()) + f"; trained {trained:,}")
@@ -92,17 +115,21 @@ def main(argv=None):
         print0("  " + ", ".join(f"{k} {v:.4f}" for k, v in out.items()))
         return {"bpb": out[names[-1]], **out}  # the last is the full width
 
-    narrow = [d for d in config.levels if d < config.top_width]
-
     def backward(step, x, y, scale):
-        students = []
-        if args.matryoshka and args.sample_dim:
-            # the generator depends on the seed and step alone: ranks agree, and so does a resumed run
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-            students = [sample_levels(config.levels, len(model.transformer.h), generator)]
-        elif args.matryoshka:
-            students = narrow
-        return matryoshka_backward(model, x, y, students, scale)
+        # the generator depends on the seed and step alone: ranks agree, and so does a resumed run
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        rows, T = x.shape
+        if args.controls:
+            temperature = max(0.05, 1 - step / (0.8 * args.num_iterations))
+            return controls_backward(model, x, y, random_splits(rows, T, generator), generator, temperature, scale=scale)
+        if not args.matryoshka:
+            return matryoshka_backward(model, x, y, [], scale)
+        students = [Student(d) for d in config.levels if d < config.top_width]
+        if args.sample_dim:
+            students = sample_students(config, rows, T, random_splits(rows, T, generator), generator)
+        at = (y.cpu() >= 0).flatten().nonzero()[:, 0]
+        at = at[torch.randperm(len(at), generator=generator)[:GATE_TOKENS]]
+        return matryoshka_backward(model, x, y, students, scale, at)
 
     if not run.finished:
         rates = [lr * args.lr_scale for lr in (args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)]
@@ -112,7 +139,7 @@ def main(argv=None):
         figures = run.meta["figures"]
         print0(f"{folder} is trained already ({run.start} steps); --fresh starts over")
     ckpt.save_export(folder, model, tokenizer, {
-        "tag": args.tag, "provenance": {"trained": "unfrozen" if args.unfreeze else f"stage {args.stage}",
+        "tag": args.tag, "provenance": {"trained": suffix[1:] or f"stage {args.stage}",
                                         "steps": args.num_iterations, "source_sha256": source,
                                         "from": info.get("provenance")}, "figures": figures,
         "loader": run.loader})

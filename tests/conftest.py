@@ -19,6 +19,11 @@ def randomize(model, seed=0):
     return model
 
 
+def language_parameters(model):
+    """Name -> parameter of all that the language loss trains: everything but the controls."""
+    return {n: p for n, p in model.named_parameters() if not n.startswith(("gate.", "predictor."))}
+
+
 @pytest.fixture
 def base_config():
     return GPTConfig(sequence_len=64, vocab_size=300, n_layer=3, n_head=4, n_kv_head=4, n_embd=64)

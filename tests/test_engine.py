@@ -91,12 +91,12 @@ def test_text_streams_in_whole_characters():
     assert "".join(Engine(None, Bytes()).stream_text(data[:-1])).endswith("\ufffd")
 
 
-def test_inference_weights_are_bf16_except_the_ssm(hybrid, tokens, monkeypatch):
+def test_inference_weights_are_bf16_except_the_ssm_and_the_controls(hybrid, tokens, monkeypatch):
     want = hybrid(tokens).detach()
     monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
     prepare_inference(hybrid, "cpu")
     for n, p in hybrid.named_parameters():
-        fp32 = ".mamba." in n and n.endswith(FP32_PARAMS)
+        fp32 = (".mamba." in n and n.endswith(FP32_PARAMS)) or n.startswith(("gate.", "predictor."))
         assert p.dtype == (torch.float32 if fp32 else torch.bfloat16), n
     assert (hybrid(tokens) - want).abs().max() < 0.15 * want.std()
 
@@ -114,7 +114,7 @@ def collect(engine, prompts, n, **options):
 
 def near_tie(model, prompt, got, mode, depth):
     """Whether plain decoding's two likeliest next tokens are within 1e-4, where rounding may decide."""
-    exits = torch.tensor([[6] * len(prompt) + [depth or 6] * len(got)])
+    exits = torch.tensor([[6] * (len(prompt) - 1) + [depth or 6] * (len(got) + 1)])
     top = model(torch.tensor([prompt + got]), widths=mode, exits=exits).detach()[0, -1].topk(2).values
     return float(top[0] - top[1]) < 1e-4
 
@@ -140,7 +140,7 @@ def test_depth_equals_the_parallel_form(hybrid):
     prompt, n = [5, 17, 250, 3], 12
     got = list(Engine(hybrid, None).generate(prompt, n, depth=3, temperature=0))
     ids = prompt + got
-    exits = torch.tensor([[6] * 4 + [3] * n])  # the last prompt token runs whole: it gives the first token
+    exits = torch.tensor([[6] * 3 + [3] * (n + 1)])  # the prompt's last token is the first that generates
     want = hybrid(torch.tensor([ids]), exits=exits).argmax(-1)[0, 3:-1]
     assert got == want.tolist()
 
@@ -165,42 +165,9 @@ def test_a_full_context_slides_on_request(hybrid):
     assert mixed == [got, list(engine.generate([1, 2], 40, temperature=0))]
 
 
-class Controls:
-    """Stands for trained controls: arbitrary but fixed decisions, and a record of them."""
-    def __init__(self, n_block):
-        self.n_block, self.exits, self.levels = n_block, [], []
-
-    def plan(self, prompts):
-        return torch.tensor([[16 if len(p) % 2 else 32] * self.n_block for p in prompts])
-
-    def __call__(self, rows, i, x, exits, levels):
-        assert x.shape[:2] == exits.shape
-        score = (x[:, -1, 0] * 10 % 3).long().cpu()
-        exits = torch.where((score == 0)[:, None] & (exits > i), i, exits)
-        if i == 4:
-            grown = torch.where((score == 1)[:, None], 64, torch.as_tensor(levels[i]).expand(len(rows), 1))
-            levels = levels[:i] + [grown] * (self.n_block - i)
-        self.record = exits, levels
-        return exits, levels
-
-
-def test_auto_follows_its_controls(hybrid):
-    """Decoding with controls equals the parallel form with the widths and exits that they chose."""
-    engine, control, prompt, n = Engine(hybrid, None), Controls(6), [5, 17, 250], 16
-    steps, got = [], []
-    for pairs in engine.stream([prompt], n, mode="auto", control=control, temperature=0):
-        got += [t for _, t in pairs]
-        steps.append(getattr(control, "record", None))
-    exits = torch.cat([torch.full((1, 3), 6), *(s[0] for s in steps[1:])], 1)
-    levels = [torch.tensor([[int(torch.as_tensor(w).flatten()[0]) for w in s[1]]]) for s in steps[1:]]
-    widths = torch.cat([torch.full((1, 3, 6), 16), torch.stack(levels, 1)], 1)
-    assert len(set(exits.flatten().tolist())) > 1 and len(widths.unique()) > 1
-    want = hybrid(torch.tensor([prompt + got[:-1]]), widths=widths, exits=exits).argmax(-1)[0, 2:]
-    assert got == want.tolist()
-
-
 @pytest.mark.parametrize("options, words", [
-    ({"mode": "auto"}, "'auto' needs trained controls"), ({"depth": 7}, "depth 7 is out of range"),
+    ({"budget": 0.5}, "in mode 'auto' only"), ({"mode": ["auto", "think"][:1], "budget": 2.0}, "budget 2.0 is out of range"),
+    ({"depth": 7}, "depth 7 is out of range"),
     ({"mode": ["think"] * 3}, "3 modes were given for 1 prompts"),
     ({"overflow": "wrap"}, "choose 'stop' or 'slide'")])
 def test_bad_options_are_named(hybrid, options, words):

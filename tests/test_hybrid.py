@@ -1,6 +1,7 @@
 """The hybrid: sizes, exact insertion, cached decode, slices, and its configuration's errors."""
 import pytest
 import torch
+from conftest import language_parameters
 
 from nanochat.cache import MatryoshkaKVCache
 from nanochat.checkpoint_manager import build_model
@@ -15,7 +16,7 @@ def test_stage_1_of_d32_has_the_documented_sizes():
     with torch.device("meta"):
         counts = HybridGPT(config).num_params()
     assert {k: round(v / 1e9, 3) for k, v in counts.items()} == {
-        "base": 1.879, "mamba": 2.424, "value_embeds": 2.147, "total": 6.450}
+        "base": 1.879, "mamba": 2.424, "value_embeds": 2.147, "control": 0.001, "total": 6.452}
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def test_all_that_insertion_added_learns_from_the_start(base, tokens):
     for _ in range(3):
         loss, _ = hybrid(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
-        for n, p in hybrid.named_parameters():
+        for n, p in language_parameters(hybrid).items():
             seen[n] = seen.get(n, 0) + p.grad.abs().sum().item()
         opt.step()
         opt.zero_grad()
@@ -108,7 +109,9 @@ def test_presets_have_the_documented_sizes(width, total, ngroups):
     config = HybridConfig.preset("d32", width)
     with torch.device("meta"):
         model = HybridGPT(config)
-    assert round(model.num_params()["total"] / 1e9, 3) == total
+    counts = model.num_params()
+    assert round((counts["total"] - counts["control"]) / 1e9, 3) == total
+    assert counts["control"] < 0.001 * counts["total"]
     assert model.transformer.h[1].mamba.ngroups == ngroups
     assert config.exit_points == (16, 24, 32, 40, 48, 56)
     assert set(config.levels) == {128, 512, 1024, 2048, width}
@@ -139,7 +142,7 @@ def test_gradients_of_a_slice_equal_the_extracted_models(hybrid, tokens):
     for model in (hybrid, small):
         loss, _ = model(tokens[:, :-1], tokens[:, 1:], widths="normal")
         loss.backward()
-    for name, p in small.named_parameters():
+    for name, p in language_parameters(small).items():
         corner = tuple(slice(n) for n in p.shape)
         whole = hybrid.get_parameter(name).grad
         torch.testing.assert_close(whole[corner], p.grad, atol=1e-6, rtol=1e-4)

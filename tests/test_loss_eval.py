@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import language_parameters
 
-from nanochat.loss_eval import CHUNK, evaluate_bpb, head_logits, head_loss, matryoshka_backward
+from nanochat.loss_eval import CHUNK, Student, evaluate_bpb, head_logits, head_loss, matryoshka_backward
 
 CAP = 15.0
 
@@ -77,8 +78,8 @@ def test_bits_per_byte_counts_bytes_not_tokens(base, tokens):
 def test_step_is_teacher_plus_mean_of_students(hybrid, tokens):
     x, y = tokens[:, :-1], tokens[:, 1:]
     widths = [16, 32]
-    out = matryoshka_backward(hybrid, x, y, widths, 0.5)
-    got = {n: p.grad.clone() for n, p in hybrid.named_parameters()}
+    out = matryoshka_backward(hybrid, x, y, [Student(d) for d in widths], 0.5)
+    got = {n: p.grad.clone() for n, p in language_parameters(hybrid).items()}
     hybrid.zero_grad()
     teacher = F.cross_entropy(hybrid(x).flatten(0, 1), y.flatten())
     q = torch.log_softmax(hybrid(x).detach(), -1)
@@ -87,5 +88,5 @@ def test_step_is_teacher_plus_mean_of_students(hybrid, tokens):
     (0.5 * (teacher + sum(kls) / 2)).backward()
     assert float(out["loss"]) == pytest.approx(teacher.item(), rel=1e-5)
     assert float(out["kl"]) == pytest.approx(sum(kls).item() / 2, rel=1e-4)
-    for n, p in hybrid.named_parameters():
+    for n, p in language_parameters(hybrid).items():
         torch.testing.assert_close(got[n], p.grad, atol=2e-6, rtol=2e-3)

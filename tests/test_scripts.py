@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from conftest import language_parameters
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat.loss_eval import matryoshka_backward
+from nanochat.loss_eval import Student, matryoshka_backward
 from scripts import base_train, chat_cli, extract, fractal_eval, fractal_train, surgery, tok_train
 
 SMALL = ["--device-batch-size", "4", "--total-batch-size", "256", "--eval-tokens", "512", "--eval-every", "-1",
@@ -80,7 +81,7 @@ def test_the_whole_pipeline(home, cwd, capsys):
     chat_cli.main(["--checkpoint", str(unfrozen), "--chat", "-p", "Hello", "--max-tokens", "5"])
     assert extract.main(["--checkpoint", str(unfrozen), "--mode", "normal", "--dst", str(cwd / "small")]) <= 1e-4
     again = fractal_eval.main(["--checkpoint", str(cwd / "small"), "--data", str(home / "docs"), "--eval-tokens", "512"])
-    assert again["modes"]["normal"]["bpb"] == pytest.approx(modes["normal"]["bpb"], rel=1e-6)
+    assert again["modes"][Student("normal")]["bpb"] == pytest.approx(modes["normal"]["bpb"], rel=1e-6)
 
 
 def test_surgery_of_a_base_evaluates_the_same(home, cwd):
@@ -135,12 +136,12 @@ def test_an_interrupted_run_resumes_bit_for_bit(home, cwd, script, monkeypatch):
 def test_accumulated_passes_equal_one_large_pass(hybrid, tokens):
     """Two half batches, each scaled by 1/2, give the whole batch's gradient."""
     x, y = tokens[:, :-1], tokens[:, 1:]
-    matryoshka_backward(hybrid, x, y, ["normal"], 1.0)
-    whole = {n: p.grad.clone() for n, p in hybrid.named_parameters()}
+    matryoshka_backward(hybrid, x, y, [Student("normal")], 1.0)
+    whole = {n: p.grad.clone() for n, p in language_parameters(hybrid).items()}
     hybrid.zero_grad()
     for r in range(2):
-        matryoshka_backward(hybrid, x[r:r + 1], y[r:r + 1], ["normal"], 0.5)
-    for n, p in hybrid.named_parameters():
+        matryoshka_backward(hybrid, x[r:r + 1], y[r:r + 1], [Student("normal")], 0.5)
+    for n, p in language_parameters(hybrid).items():
         torch.testing.assert_close(p.grad, whole[n], atol=1e-6, rtol=1e-3)
 
 

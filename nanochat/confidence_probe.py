@@ -1,0 +1,254 @@
+"""
+The two controls of elastic compute, and how they are put to work.
+
+LayerDimPredictor looks once at the prompt, before any block runs, and picks a level for every block. ConfidenceGate looks
+at a token's state at the exit points: sure enough, and the token leaves; unsure in the second half, and the blocks that
+remain get wider. Controls turns both into decisions, for the engine (token by token) and for a parallel pass (all tokens
+of a text at once): the two decide alike, since a token's decision depends on its own state, and a row's widening only on
+the tokens before.
+"""
+import itertools
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.matryoshka import cost_table, norm
+
+
+class ConfidenceGate(nn.Module):
+    """
+    One hidden layer on the normed state, told the exit point it stands at: how sure it is that leaving here would cost
+    nothing. Its parameters stay fp32.
+    """
+    def __init__(self, width: int, n_points: int):
+        super().__init__()
+        hidden = min(256, max(32, width // 2))
+        self.c_fc = nn.Linear(width, hidden, bias=False)
+        self.point = nn.Embedding(n_points, hidden)
+        self.c_proj = nn.Linear(hidden, 1)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """The last layer is zero: an untrained gate answers 0.5, and so it shows that it is untrained."""
+        bound = (3 / self.c_fc.in_features) ** 0.5
+        nn.init.uniform_(self.c_fc.weight, -bound, bound)
+        nn.init.zeros_(self.point.weight)
+        nn.init.zeros_(self.c_proj.weight)
+        nn.init.zeros_(self.c_proj.bias)
+
+    def forward(self, h: torch.Tensor, point: int) -> torch.Tensor:
+        """h (..., D), normed state at exit point number `point` -> logit of the confidence (...), fp32."""
+        hidden = F.relu(self.c_fc(h.float()) + self.point.weight[point]).square()
+        return self.c_proj(hidden)[..., 0]
+
+    @property
+    def flops(self) -> int:
+        """Of one token at one exit point."""
+        return 2 * (self.c_fc.weight.numel() + self.c_proj.weight.numel())
+
+
+class LayerDimPredictor(nn.Module):
+    """
+    Also called difficulty estimator: from the embeddings of a prompt and a compute budget, a level for every block.
+    Each token's features are pooled by mean and by maximum. Its parameters stay fp32; out is (n_block, n_levels, hidden) so
+    that growth appends levels behind the old ones.
+    """
+    def __init__(self, width: int, n_block: int, n_levels: int):
+        super().__init__()
+        hidden = min(256, max(64, width // 2))
+        self.c_in = nn.Linear(width, hidden, bias=False)
+        self.c_mid = nn.Linear(2 * hidden + 2, hidden)
+        self.out_weight = nn.Parameter(torch.empty(n_block, n_levels, hidden))
+        self.out_bias = nn.Parameter(torch.empty(n_block, n_levels))
+
+    @torch.no_grad()
+    def init_weights(self):
+        """The last layer is zero: an untrained predictor finds all levels alike."""
+        for layer in (self.c_in, self.c_mid):
+            bound = (3 / layer.in_features) ** 0.5
+            nn.init.uniform_(layer.weight, -bound, bound)
+        nn.init.zeros_(self.c_mid.bias)
+        nn.init.zeros_(self.out_weight)
+        nn.init.zeros_(self.out_bias)
+
+    def forward(self, e: torch.Tensor, valid: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
+        """
+        e (B, T, D) normed embeddings, of which those with valid (B, T) bool are the prompt (at least one a row); budget
+        (B,) in (0, 1] -> logits (B, n_block, n_levels), fp32.
+        """
+        f = F.silu(self.c_in(e.float()))
+        on = valid.unsqueeze(-1)
+        count = on.sum(1)
+        mean = (f * on).sum(1) / count
+        top = f.masked_fill(~on, float("-inf")).amax(1)
+        facts = torch.stack((budget.float(), count[:, 0].float().log2() / 8), -1)
+        hidden = F.silu(self.c_mid(torch.cat((mean, top, facts), -1)))
+        return torch.einsum("bh,nlh->bnl", hidden, self.out_weight) + self.out_bias
+
+    def flops(self, tokens: int) -> int:
+        """Of one prompt."""
+        return 2 * (tokens * self.c_in.weight.numel() + self.c_mid.weight.numel() + self.out_weight.numel())
+
+
+def gumbel_choice(logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """
+    Straight-through Gumbel-softmax (Jang et al. 2017, arXiv 1611.01144): a one-hot sample of softmax(logits) over the last
+    dim, whose gradient is that of the soft sample at this temperature.
+    """
+    uniform = torch.rand(logits.shape, generator=generator).to(logits.device).clamp(1e-9, 1 - 1e-7)
+    soft = ((logits - (-uniform.log()).log()) / temperature).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), soft.size(-1)).to(soft)
+    return hard + (soft - soft.detach())
+
+
+def check_trained(model) -> None:
+    """ValueError where the model has no trained controls: what they lack, and how to train them."""
+    for name in ("predictor", "gate"):
+        control = getattr(model, name, None)
+        if control is None:
+            raise ValueError("mode 'auto' needs the controls of a hybrid, and this is a base GPT: make a hybrid with "
+                             "`python -m scripts.surgery` and train it with `python -m scripts.fractal_train`")
+        if not bool((control.out_weight if name == "predictor" else control.c_proj.weight).any()):
+            raise ValueError(f"mode 'auto' needs trained controls, and this checkpoint's {name} was never trained: run "
+                             "`python -m scripts.fractal_train --controls` on it, or choose ghost, whisper, normal or think")
+
+
+class Controls:
+    """
+    Mode `auto` for the rows of one batch. `plan` picks their widths; called as GPT.hidden's control it lets tokens exit
+    and rows expand. A row's expansion lasts: `widths` (rows, n_block) int64 holds what its next token starts with.
+
+    budget: share of the full model's FLOPs per token that the predictor may plan for, exits not counted; None: the one
+    the checkpoint was calibrated at, or 1. Thresholds: None: the config's. score(i, x): replaces the gate, (B, T) in (0, 1)
+    from the states x (B, T, D) behind i blocks.
+    ValueError for a budget or thresholds out of range.
+    """
+    def __init__(self, model, budget: float | None = None, exit_threshold: float | None = None,
+                 expand_threshold: float | None = None, calibration: dict | None = None, score=None):
+        c = model.config
+        self.model, self.score = model, score or self._gate
+        self.exit_threshold = c.exit_threshold if exit_threshold is None else exit_threshold
+        self.expand_threshold = c.expand_threshold if expand_threshold is None else expand_threshold
+        check_thresholds(self.exit_threshold, self.expand_threshold)
+        calibration = calibration or {}
+        self.budget = calibration.get("budget", 1.0) if budget is None else budget
+        self.levels = torch.tensor(c.levels)
+        self.shares, floor = level_shares(model)
+        if not 0 < self.budget <= 1:
+            raise ValueError(f"the budget {self.budget} is out of range: give a share of the full compute in (0, 1]")
+        if self.budget < floor:
+            raise ValueError(f"a budget of {self.budget} is less than the narrowest widths cost, {floor:.3f} of the full "
+                             f"compute: give one from {floor:.3f} to 1")
+        self.price = _interpolate(calibration.get("prices", []), self.budget)
+        self.widths = None
+
+    def _gate(self, i, x):
+        c = self.model.config
+        return torch.sigmoid(self.model.gate(norm(x, c.d_ref, c.norm_eps), c.exit_points.index(i)))
+
+    @torch.no_grad()
+    def plan(self, prompts: list[list[int]]) -> torch.Tensor:
+        """The levels of every block for each prompt, (rows, n_block) int64; they are remembered as `widths`."""
+        if any(not p for p in prompts):
+            raise ValueError("the prompt is empty: give at least one token, such as <|bos|>")
+        logits = predict(self.model, *pad(prompts, self.model.device), self.budget).cpu()
+        self.widths = choose(logits, self.levels, self.shares, self.price)
+        return self.widths
+
+    def __call__(self, rows, i, x, exits, levels, acts=None):
+        """
+        rows: which of the planned rows these are. acts (B, T) bool: where the gate may decide (None: everywhere).
+        The rest is GPT.hidden's control.
+        """
+        going = exits > i if acts is None else (exits > i) & acts
+        sure = self.score(i, x).cpu()
+        leave = going & (sure > self.exit_threshold)
+        exits = torch.where(leave, i, exits)
+        if 2 * i > self.model.config.n_block:
+            up = (going & ~leave & (sure < self.expand_threshold)).cumsum(1)  # (B, T) how many levels up by now
+            if bool(up.any()):
+                levels = list(levels)
+                for b in range(i, len(levels)):
+                    level = torch.as_tensor(levels[b]).expand(up.shape)
+                    at = (torch.searchsorted(self.levels, level.contiguous()) + up).clamp(max=len(self.levels) - 1)
+                    levels[b] = self.levels[at]
+                    self.widths[rows, b] = levels[b][:, -1]
+                    if bool((levels[b] == levels[b].flatten()[0]).all()):
+                        levels[b] = int(levels[b].flatten()[0])
+        self.exits, self.ran = exits, levels
+        return exits, levels
+
+
+def level_shares(model) -> tuple[torch.Tensor, float]:
+    """
+    (n_block, n_levels) fp64: the FLOPs of each block at each level as shares of the whole model at full width, half its
+    context filled; and the share of the model at its narrowest, the least budget that a plan can meet.
+    """
+    table, fixed = cost_table(model, model.config.sequence_len / 2)
+    full = float(table[:, -1].sum()) + fixed
+    return table / full, (float(table[:, 0].sum()) + fixed) / full
+
+
+def check_thresholds(leave: float, expand: float) -> None:
+    """ValueError unless 0 <= expand <= leave; a `leave` of 1 or more never exits."""
+    if not 0 <= expand <= leave:
+        raise ValueError(f"the exit threshold {leave} must not be below the expand threshold {expand}, and neither below 0: "
+                         "a token cannot be sure enough to leave and too unsure to go on at its width")
+
+
+def pad(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts -> ids (B, T) int64, zero behind a row's end, and valid (B, T) bool."""
+    T = max(map(len, prompts))
+    idx = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)
+    valid = torch.arange(T, device=device) < torch.tensor([[len(p)] for p in prompts], device=device)
+    return idx, valid
+
+
+def predict(model, idx: torch.Tensor, valid: torch.Tensor, budget) -> torch.Tensor:
+    """The predictor's logits (B, n_block, n_levels) for prompts idx (B, T), valid (B, T); budget: a number or (B,)."""
+    c = model.config
+    e = norm(model.embed(model.transformer.wte, idx), c.d_ref, c.norm_eps).detach()
+    budget = torch.as_tensor(budget, dtype=torch.float32, device=idx.device).expand(len(idx))
+    return model.predictor(e, valid, budget)
+
+
+def choose(logits: torch.Tensor, levels: torch.Tensor, shares: torch.Tensor, price: float) -> torch.Tensor:
+    """
+    The likeliest level of each block after each level has paid for its compute: logits (B, n_block, n_levels), shares
+    (n_block, n_levels) of the full compute, price in nats per whole model -> widths (B, n_block) int64.
+    """
+    return levels[(logits.double() - price * shares).argmax(-1)]
+
+
+def _interpolate(points: list, at: float) -> float:
+    """Linear between [x, y] points, flat outside; 0 without points."""
+    points = sorted(points)
+    if not points:
+        return 0.0
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= at <= x1:
+            return y0 + (y1 - y0) * ((at - x0) / (x1 - x0) if x1 > x0 else 0)
+    return points[0][1] if at < points[0][0] else points[-1][1]
+
+
+@torch.no_grad()
+def calibrate_prices(model, prompts: list[list[int]], budgets: list[float]) -> list[list[float]]:
+    """
+    For each budget the price (see `choose`) at which the plans for these prompts cost that much on average: [[budget,
+    price], ...]. A predictor alone meets a budget only about as well as its training asked for.
+    """
+    (shares, floor), levels = level_shares(model), torch.tensor(model.config.levels)
+    rest = floor - float(shares[:, 0].sum())
+    idx, valid = pad(prompts, model.device)
+    out = []
+    for budget in budgets:
+        logits = predict(model, idx, valid, budget).cpu()
+        low, high = -1e4, 1e4  # a higher price, a lower cost
+        for _ in range(60):
+            price = (low + high) / 2
+            at = torch.searchsorted(levels, choose(logits, levels, shares, price))
+            cost = float(shares.gather(1, at.T).sum(0).mean()) + rest
+            low, high = (price, high) if cost > budget else (low, price)
+        out.append([budget, (low + high) / 2])
+    return out

@@ -1,0 +1,251 @@
+"""
+The controls: what they see, what they decide, and that deciding token by token, in a batch, and in one parallel pass is
+the same. The fixture's gate and predictor are random, which is enough for that.
+"""
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import language_parameters
+
+from nanochat.cache import MatryoshkaKVCache
+from nanochat.confidence_probe import (
+    Controls,
+    calibrate_prices,
+    check_trained,
+    choose,
+    gumbel_choice,
+    level_shares,
+    pad,
+    predict,
+)
+from nanochat.engine import Engine
+from nanochat.loss_eval import Shadow, gate_loss, matryoshka_backward, predictor_loss
+from nanochat.matryoshka import cost_table, energy, norm, soft_masks
+
+PROMPTS = [[5], [17, 250, 3], [9, 8, 7, 6, 5, 4, 3]]
+
+
+def controls(model, budget=0.8):
+    """Thresholds in the middle of what the random gate answers, so that all its actions occur."""
+    with torch.no_grad():
+        x = torch.randn(200, model.config.n_embd, generator=torch.Generator().manual_seed(0))
+        x = norm(x, model.config.d_ref, model.config.norm_eps)
+        sure = torch.cat([torch.sigmoid(model.gate(x, k)) for k in range(len(model.config.exit_points))])
+    return Controls(model, budget, exit_threshold=float(sure.quantile(0.7)), expand_threshold=float(sure.quantile(0.5)))
+
+
+def answer(model, prompts, n=14):
+    engine = Engine(model, None)
+    out = [[] for _ in prompts]
+    for pairs in engine.stream(prompts, n, mode="auto", temperature=0, control=controls(model)):
+        for r, token in pairs:
+            out[r].append(token)
+    return out, engine.traces
+
+
+@torch.no_grad()
+def test_decoding_equals_the_parallel_form_with_the_same_decisions(hybrid):
+    """Both with the decisions in the trace, and with the controls deciding anew over the whole text at once."""
+    out, traces = answer(hybrid, PROMPTS)
+    depths = {d for trace in traces for d, _ in trace.steps}
+    assert len(depths) > 2 and any(w != trace.widths for trace in traces for _, w in trace.steps)
+    for prompt, got, trace in zip(PROMPTS, out, traces):
+        text, n = torch.tensor([prompt + got[:-1]]), len(prompt) - 1
+        exits = torch.tensor([[6] * n + [d for d, _ in trace.steps]])
+        widths = torch.tensor([[trace.widths] * n + [w for _, w in trace.steps]])
+        logits = hybrid(text, widths=widths, exits=exits)
+        assert logits.argmax(-1)[0, n:].tolist() == got
+
+        anew = controls(hybrid)
+        planned = anew.plan([prompt])
+        decide = functools.partial(anew, [0], acts=torch.arange(text.size(1))[None] >= n)
+        h = hybrid.hidden(text, planned.clone(), control=decide)
+        assert anew.exits.tolist() == exits.tolist()
+        assert (hybrid.logits(h) - logits).abs().max() <= 1e-4
+
+
+def test_rows_are_independent(hybrid):
+    together, traces = answer(hybrid, PROMPTS)
+    for prompt, got, trace in zip(PROMPTS, together, traces):
+        alone, (its,) = answer(hybrid, [prompt])
+        assert alone == [got] and its == trace
+
+
+@torch.no_grad()
+def test_deferred_memory_survives_what_happens_to_a_cache(hybrid, tokens):
+    """Rows kept, cloned, joined and truncated while blocks are behind end where the parallel form does."""
+    T = 12
+    exits = torch.full((2, T), 2)
+    exits[:, 0] = exits[:, -1] = 6  # in between nobody reaches the blocks behind the second
+    tokens = tokens[:, :T]
+    want = hybrid(tokens, exits=exits)[:, -1]
+
+    def step(cache, rows, s):
+        return hybrid(tokens[rows, s], exits=exits[rows, s], cache=cache)[:, -1]
+    a, b = MatryoshkaKVCache(hybrid, 1, 64), MatryoshkaKVCache(hybrid, 1, 64)
+    for t in range(5):
+        step(a, [0], slice(t, t + 1)), step(b, [1], slice(t, t + 1))
+    assert a.behind == [0, 0, 4, 4, 4, 4]
+    b.append(a)
+    assert b.behind == [0] * 6
+    for t in range(5, 8):
+        step(b, [1, 0], slice(t, t + 1))
+    b.checkpoint()
+    twin = b.clone()
+    for t in range(8, 10):
+        step(b, [1, 0], slice(t, t + 1))
+        step(twin, [1, 0], slice(t, t + 1))
+    b.truncate([8, 8])
+    for t in range(8, 11):
+        step(b, [1, 0], slice(t, t + 1))
+    twin.keep([1])
+    step(twin, [0], slice(10, 11))
+    assert b.behind[2] == 3 and twin.behind[2] == 3
+    torch.testing.assert_close(step(b, [1, 0], slice(11, 12)), want[[1, 0]], atol=1e-4, rtol=0)
+    torch.testing.assert_close(step(twin, [0], slice(11, 12)), want[:1], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_hard_mask_is_the_slice(hybrid, tokens):
+    c = hybrid.config
+    at = torch.randint(3, (2, c.n_block), generator=torch.Generator().manual_seed(0))
+    masks = soft_masks(F.one_hot(at, 3).float(), c.levels, c.top_width)
+    want = hybrid(tokens, widths=torch.tensor(c.levels)[at])
+    torch.testing.assert_close(hybrid(tokens, widths=masks), want, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_energy_is_the_models_own_cost(hybrid):
+    c = hybrid.config
+    at = torch.randint(3, (4, c.n_block), generator=torch.Generator().manual_seed(1))
+    got = energy(F.one_hot(at, 3).double(), *cost_table(hybrid, 20))
+    full = sum(p.flops for p in hybrid.cost(context=20).values())
+    for row, share in zip(at, got):
+        spent = sum(p.flops for p in hybrid.cost([c.levels[i] for i in row], 20).values())
+        assert float(share) == pytest.approx(spent / full)
+    milliseconds = torch.tensor([[1.0, 2.0, 4.0]] * c.n_block)  # a measured table serves as well
+    assert float(energy(F.one_hot(torch.zeros(1, c.n_block).long(), 3).float(), milliseconds)) == 0.25
+
+
+def test_gumbel_choice_samples_the_distribution():
+    logits = torch.tensor([0.0, 1.0, -1.0]).expand(20000, 3)
+    got = gumbel_choice(logits, 1.0, torch.Generator().manual_seed(0))
+    assert set(got.unique().tolist()) == {0.0, 1.0} and bool((got.sum(-1) == 1).all())
+    torch.testing.assert_close(got.mean(0), logits[0].softmax(-1), atol=0.015, rtol=0)
+
+
+def grads(model):
+    return {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+
+
+def test_both_losses_train_the_predictor_and_nothing_else(hybrid, tokens):
+    for which in (0, 1):
+        hybrid.zero_grad()
+        losses = predictor_loss(hybrid, tokens, tokens, torch.tensor([20, 30]), 0.7, 1.0, torch.Generator().manual_seed(2))
+        losses[which].backward()
+        assert grads(hybrid) == {n for n, _ in hybrid.named_parameters() if n.startswith("predictor.")}
+
+
+def test_the_energy_penalty_makes_plans_cheaper(hybrid, tokens):
+    starts, generator = torch.tensor([20, 20]), torch.Generator().manual_seed(3)
+    optimizer = torch.optim.Adam(hybrid.predictor.parameters(), lr=0.03)
+    shares = []
+    for _ in range(30):
+        _, share = predictor_loss(hybrid, tokens[:, :24], tokens[:, :24], starts, 0.7, 1.0, generator)
+        optimizer.zero_grad()
+        share.backward()
+        optimizer.step()
+        shares.append(float(share.detach()))
+    _, floor = level_shares(hybrid)
+    assert sum(shares[-5:]) / 5 - floor < 0.5 * (sum(shares[:5]) / 5 - floor)
+
+
+@torch.no_grad()
+def test_the_predictor_sees_the_prompt_alone(hybrid, tokens):
+    valid = torch.arange(48) < torch.tensor([[10], [25]])
+    before = predict(hybrid, tokens, valid, 0.5)
+    changed = torch.where(valid, tokens, tokens.flip(1))
+    torch.testing.assert_close(predict(hybrid, changed, valid, 0.5), before)
+    torch.testing.assert_close(predict(hybrid, tokens[:1, :10], valid[:1, :10], 0.5), before[:1])
+    assert not torch.equal(predict(hybrid, tokens, valid, 0.9), before)
+
+
+def test_the_predictor_is_one_graph(hybrid):
+    _, valid = pad(PROMPTS, "cpu")
+    fast = torch.compile(hybrid.predictor, fullgraph=True, backend="eager")
+    e, budget = torch.randn(3, 7, 64), torch.full((3,), 0.5)
+    torch.testing.assert_close(fast(e, valid, budget), hybrid.predictor(e, valid, budget))
+
+
+@torch.no_grad()
+def test_prices_make_plans_meet_the_budget(hybrid):
+    g = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(300, (int(torch.randint(1, 30, (), generator=g)),), generator=g).tolist() for _ in range(200)]
+    table, fixed = cost_table(hybrid, 32)
+    for budget, price in calibrate_prices(hybrid, prompts[:100], [0.6, 0.75, 0.9]):
+        control = Controls(hybrid, budget, calibration={"prices": [[budget, price]]})
+        at = torch.searchsorted(control.levels, control.plan(prompts[100:]))
+        assert float(energy(F.one_hot(at, 3).double(), table, fixed).mean()) == pytest.approx(budget, rel=0.05)
+    idx, valid = pad(prompts, "cpu")
+    logits = predict(hybrid, idx, valid, 0.7)
+    spent = [float(choose(logits, torch.tensor(hybrid.config.levels), level_shares(hybrid)[0], p).double().mean())
+             for p in (-50, 0, 5, 50)]
+    assert spent == sorted(spent, reverse=True) and len(set(spent)) > 2
+
+
+def test_shadow_loss_compares_each_token_with_itself(hybrid, tokens):
+    targets, at = tokens.roll(-1, 1), torch.tensor([3, 40, 60, 77])
+    shadow = Shadow(at)
+    with torch.no_grad():
+        h = hybrid.hidden(tokens, control=shadow)
+        full = F.cross_entropy(hybrid.logits(h).flatten(0, 1)[at], targets.flatten()[at], reduction="none")
+    loss, seen = gate_loss(hybrid, shadow, h.flatten(0, 1)[at], targets.flatten()[at])
+    labels, sure = [], []
+    for k, depth in enumerate(hybrid.config.exit_points):
+        with torch.no_grad():
+            x = hybrid.hidden(tokens, exits=torch.full_like(tokens, depth)).flatten(0, 1)[at]
+            early = F.cross_entropy(hybrid.logits(x), targets.flatten()[at], reduction="none")
+            labels.append((early <= full + hybrid.config.exit_tau).float())
+            sure.append(torch.sigmoid(hybrid.gate(x, k)))
+    assert seen["label"].tolist() == torch.cat(labels).tolist()
+    torch.testing.assert_close(seen["confidence"], torch.cat(sure), atol=1e-4, rtol=1e-3)
+    want = F.binary_cross_entropy(torch.cat(sure).detach(), torch.cat(labels))
+    assert float(loss.detach()) == pytest.approx(float(want), rel=1e-3)
+    loss.backward()
+    assert grads(hybrid) == {n for n, _ in hybrid.named_parameters() if n.startswith("gate.")}
+
+
+def test_watching_a_pass_changes_nothing(hybrid, tokens):
+    watched = matryoshka_backward(hybrid, tokens, tokens, [], 1.0, gate_at=torch.tensor([1, 2]))
+    assert float(watched["gate"]) > 0 and grads(hybrid) >= {"gate.c_fc.weight", "gate.c_proj.weight"}
+    got = {n: p.grad.clone() for n, p in hybrid.named_parameters() if p.grad is not None}
+    hybrid.zero_grad()
+    assert float(matryoshka_backward(hybrid, tokens, tokens, [], 1.0)["loss"]) == float(watched["loss"])
+    assert all(torch.equal(p.grad, got[n]) for n, p in language_parameters(hybrid).items())
+
+
+def test_untrained_controls_and_base_models_are_refused(hybrid, base):
+    hybrid.gate.init_weights()
+    with pytest.raises(ValueError, match=r"gate was never trained: run .* --controls"):
+        check_trained(hybrid)
+    hybrid.predictor.init_weights()
+    with pytest.raises(ValueError, match="predictor was never trained"):
+        list(Engine(hybrid, None).generate([1], 3, mode="auto"))
+    with pytest.raises(ValueError, match="this is a base GPT"):
+        list(Engine(base, None).generate([1], 3, mode="auto"))
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"budget": 0.0}, "budget 0.0 is out of range"), ({"budget": 1.5}, "budget 1.5 is out of range"),
+    ({"budget": 0.01}, "less than the narrowest widths cost"),
+    ({"exit_threshold": 0.3, "expand_threshold": 0.6}, "must not be below the expand threshold 0.6")])
+def test_bad_options_are_named(hybrid, options, words):
+    with pytest.raises(ValueError, match=words):
+        Controls(hybrid, **options)
+
+
+def test_an_empty_prompt_is_named(hybrid):
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        Controls(hybrid).plan([[1], []])
