@@ -8,6 +8,7 @@ of a text at once): the two decide alike, since a token's decision depends on it
 the tokens before.
 """
 import itertools
+import math
 
 import torch
 import torch.nn as nn
@@ -252,3 +253,52 @@ def calibrate_prices(model, prompts: list[list[int]], budgets: list[float]) -> l
             low, high = (price, high) if cost > budget else (low, price)
         out.append([budget, (low + high) / 2])
     return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration: Learn-then-Test (Angelopoulos et al. 2021, arXiv 2110.01052) with fixed-sequence testing
+
+def sequences_needed(delta: float, epsilon: float) -> int:
+    """The fewest sequences that can bound a risk by delta at confidence 1 - epsilon: so many, and no loss in any."""
+    for name, value in (("delta", delta), ("epsilon", epsilon)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} {value} is out of range: give one in (0, 1)")
+    return math.ceil(math.log(epsilon) / math.log1p(-delta))
+
+
+def p_value(losses: torch.Tensor, delta: float) -> float:
+    """
+    How likely it is to see losses as low as these (n,), each in [0, 1], if their mean truly exceeded delta. Exact (binomial)
+    where each is 0 or 1, else the Hoeffding-Bentkus bound (Bates et al. 2021, arXiv 2101.02703).
+    """
+    n, mean = len(losses), float(losses.double().mean())
+
+    def tail(k):  # P[Binomial(n, delta) <= k]
+        i = torch.arange(k + 1, dtype=torch.float64)
+        log = math.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
+        return min(1.0, float((log + i * math.log(delta) + (n - i) * math.log1p(-delta)).exp().sum()))
+    if bool(((losses == 0) | (losses == 1)).all()):
+        return tail(round(mean * n))
+    if mean >= delta:
+        return 1.0
+    kl = (mean * math.log(mean / delta) if mean else 0) + (1 - mean) * math.log((1 - mean) / (1 - delta))
+    return min(1.0, math.exp(-n * kl), math.e * tail(math.ceil(n * mean)))
+
+
+def fixed_sequence(losses: torch.Tensor, delta: float, epsilon: float) -> tuple[int, list[float]]:
+    """
+    losses (settings, n), the strictest setting first, in an order chosen without looking at them -> (the last setting, from
+    the first on without a gap, whose p-value is at most epsilon, or -1; the p-values up to the first failure). With
+    probability 1 - epsilon over the draw of the n sequences, that setting's true risk is at most delta.
+    ValueError when n is too small for any setting to pass.
+    """
+    n, least = losses.size(1), sequences_needed(delta, epsilon)
+    if n < least:
+        raise ValueError(f"{n} sequences cannot bound the risk by {delta} at confidence {1 - epsilon:g}: give at least "
+                         f"{least}, or a larger delta or epsilon")
+    values = []
+    for row in losses:
+        values.append(p_value(row, delta))
+        if values[-1] > epsilon:
+            return len(values) - 2, values
+    return len(values) - 1, values

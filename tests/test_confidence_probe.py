@@ -3,6 +3,7 @@ The controls: what they see, what they decide, and that deciding token by token,
 the same. The fixture's gate and predictor are random, which is enough for that.
 """
 import functools
+import math
 
 import pytest
 import torch
@@ -15,10 +16,13 @@ from nanochat.confidence_probe import (
     calibrate_prices,
     check_trained,
     choose,
+    fixed_sequence,
     gumbel_choice,
     level_shares,
+    p_value,
     pad,
     predict,
+    sequences_needed,
 )
 from nanochat.engine import Engine
 from nanochat.loss_eval import Shadow, gate_loss, matryoshka_backward, predictor_loss
@@ -249,3 +253,44 @@ def test_bad_options_are_named(hybrid, options, words):
 def test_an_empty_prompt_is_named(hybrid):
     with pytest.raises(ValueError, match="the prompt is empty"):
         Controls(hybrid).plan([[1], []])
+
+
+def test_p_values_are_those_of_the_binomial_and_bounds_elsewhere():
+    losses = torch.zeros(200)
+    losses[:2] = 1
+    want = sum(math.comb(200, k) * 0.02 ** k * 0.98 ** (200 - k) for k in range(3))
+    assert p_value(losses, 0.02) == pytest.approx(want, rel=1e-9)
+    # shares between 0 and 1: a bound holds over repeated draws
+    g = torch.Generator().manual_seed(0)
+    draws = torch.rand(2000, 100, generator=g) ** 4  # mean 0.2
+    assert sum(p_value(row, 0.2) <= 0.1 for row in draws) / 2000 <= 0.1
+    assert sum(p_value(row, 0.35) <= 0.1 for row in draws) / 2000 > 0.9  # and it has power
+
+
+def test_too_few_sequences_say_how_many_are_needed():
+    assert sequences_needed(0.02, 0.05) == 149
+    with pytest.raises(ValueError, match=r"148 sequences cannot bound the risk by 0.02 .* give at least 149"):
+        fixed_sequence(torch.zeros(3, 148), 0.02, 0.05)
+    assert fixed_sequence(torch.zeros(3, 149), 0.02, 0.05)[0] == 2
+    with pytest.raises(ValueError, match="delta 0 is out of range"):
+        sequences_needed(0, 0.05)
+
+
+def test_calibration_keeps_its_promise():
+    """200 calibrations on fresh draws: the chosen setting's true risk exceeds delta in no more than 16 of them."""
+    g = torch.Generator().manual_seed(1)
+    true = torch.linspace(0, 0.06, 25)  # of the settings, strictest first
+    delta, epsilon, failures, used = 0.02, 0.05, 0, []
+    for _ in range(200):
+        hardness = torch.rand(500, generator=g)  # a sequence that fails at one setting fails at the looser ones
+        losses = (hardness < true[:, None]).float()
+        at, values = fixed_sequence(losses, delta, epsilon)
+        failures += at >= 0 and bool(true[at] > delta)
+        used.append(at)
+        assert at == len(values) - 2 or at == len(true) - 1
+    assert failures <= 16
+    assert sum(used) / 200 > 2  # and it is not by never choosing anything
+
+
+def test_nothing_safe_is_said_so():
+    assert fixed_sequence(torch.ones(4, 200), 0.02, 0.05) == (-1, [1.0])

@@ -81,7 +81,7 @@ def test_the_whole_pipeline(home, cwd, capsys):
     chat_cli.main(["--checkpoint", str(unfrozen), "--chat", "-p", "Hello", "--max-tokens", "5"])
     assert extract.main(["--checkpoint", str(unfrozen), "--mode", "normal", "--dst", str(cwd / "small")]) <= 1e-4
     again = fractal_eval.main(["--checkpoint", str(cwd / "small"), "--data", str(home / "docs"), "--eval-tokens", "512"])
-    assert again["modes"][Student("normal")]["bpb"] == pytest.approx(modes["normal"]["bpb"], rel=1e-6)
+    assert again["modes"]["normal"]["bpb"] == pytest.approx(modes["normal"]["bpb"], rel=1e-6)
 
 
 def test_surgery_of_a_base_evaluates_the_same(home, cwd):
