@@ -258,6 +258,10 @@ def calibrate_prices(model, prompts: list[list[int]], budgets: list[float]) -> l
 # ---------------------------------------------------------------------------------------------------------------------
 # Calibration: Learn-then-Test (Angelopoulos et al. 2021, arXiv 2110.01052) with fixed-sequence testing
 
+# Exit thresholds in the order of their testing, strictest first; 1 never exits.
+THRESHOLDS = (1.0, 0.999, 0.997, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.87, 0.83, 0.78, 0.7, 0.6, 0.5)
+
+
 def sequences_needed(delta: float, epsilon: float) -> int:
     """The fewest sequences that can bound a risk by delta at confidence 1 - epsilon: so many, and no loss in any."""
     for name, value in (("delta", delta), ("epsilon", epsilon)):
@@ -302,3 +306,30 @@ def fixed_sequence(losses: torch.Tensor, delta: float, epsilon: float) -> tuple[
         if values[-1] > epsilon:
             return len(values) - 2, values
     return len(values) - 1, values
+
+
+def calibrate(losses_at, delta: float, epsilon: float,
+              thresholds: tuple[float, ...] = THRESHOLDS) -> tuple[dict, torch.Tensor]:
+    """
+    Chooses an exit threshold by Learn-then-Test. losses_at(threshold) -> losses (n,) in [0, 1] of n held-out sequences.
+    Returns the evidence: 'exit_threshold' (None where not even the strictest passes), 'delta', 'epsilon', 'sequences',
+    'thresholds', 'observed' (mean losses) and 'p_values' of those tested; and the losses (thresholds, n) of all that were
+    looked at, up to one whose mean is three times delta.
+    """
+    sequences_needed(delta, epsilon)  # refuses values out of range before anything is computed
+    losses = []
+    for t in thresholds:
+        losses.append(losses_at(t).double())
+        if losses[-1].mean() > 3 * delta:
+            break
+    losses = torch.stack(losses)
+    at, values = fixed_sequence(losses, delta, epsilon)
+    return {"exit_threshold": thresholds[at] if at >= 0 else None, "delta": delta, "epsilon": epsilon,
+            "sequences": losses.size(1), "thresholds": list(thresholds[:len(values)]), "p_values": values,
+            "observed": losses.mean(1)[:len(values)].tolist()}, losses
+
+
+def calibrated_thresholds(leave: float | None, config) -> dict[str, float]:
+    """The config's thresholds after calibration: None, nothing passed, never exits."""
+    leave = 1.0 if leave is None else leave
+    return {"exit_threshold": leave, "expand_threshold": min(leave, config.expand_threshold)}

@@ -69,13 +69,14 @@ class Trace:
     auto: bool = False
     steps: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
 
-    def flops(self, model) -> dict[str, float]:
+    def flops(self, model, rates: dict | None = None) -> dict[str, float]:
         """
         FLOPs of 'prompt' (all of it but its last token, and the predictor), of 'generated' (the passes that the generated
         tokens came from: the prompt's last token, then all generated ones but the last), memory writes of exited tokens and
-        control networks included, and of the same passes at 'full_prompt' and 'full_generated' compute.
+        control networks included, and of the same passes at 'full_prompt' and 'full_generated' compute. rates: an empty dict
+        that many traces of one model share, to look costs up only once.
         """
-        n, config, rates = self.prompt_tokens, model.config, {}
+        n, config, rates = self.prompt_tokens, model.config, {} if rates is None else rates
 
         def spent(position, widths=None, depth=None):
             if (widths, depth) not in rates:  # a token's cost is linear in its context

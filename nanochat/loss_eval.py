@@ -114,18 +114,21 @@ class Student(NamedTuple):
     stop: int | None = None
 
 
-def sample_students(config, rows: int, T: int, starts: torch.Tensor, generator: torch.Generator) -> list[Student]:
+def sample_students(config, rows: int, T: int, starts: torch.Tensor, generator: torch.Generator,
+                    expanding: int | None = None) -> list[Student]:
     """
-    One step's student passes over `rows` rows (DESIGN 8): sampled levels and an exit per token; in a quarter of the rows
-    some blocks go one level up from a random position on. starts (rows,): where a row's prompt ends; see sample_exits.
+    One step's student passes over `rows` rows (DESIGN 8): sampled levels and an exit per token; in the first `expanding`
+    rows (None: a quarter) some blocks go one level up from a random position on. starts (rows,): where a row's prompt ends;
+    see sample_exits.
     """
     widths = sample_levels(config.levels, config.n_block, generator)
     exits = sample_exits(config.exit_points, config.n_block, starts, T, generator)
-    some = rows // 4
+    some = rows // 4 if expanding is None else expanding
     if some == 0 or min(widths) == config.top_width:
         return [Student(widths, exits)]
     grown = expand_from(widths, config.levels, starts[:some], T, generator)
-    return [Student(grown, exits[:some], 0, some), Student(widths, exits[some:], some, rows)]
+    mixed = Student(grown, exits[:some], 0, some)
+    return [mixed, Student(widths, exits[some:], some, rows)] if some < rows else [mixed]
 
 
 def matryoshka_backward(model, x, y, students: list[Student], scale: float,

@@ -11,7 +11,22 @@ import time
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import autodetect_device_type, cli
+from nanochat.confidence_probe import Controls, check_trained
 from nanochat.engine import Engine, prepare_inference
+
+DEPTH_COLOURS = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)  # of a 256-colour terminal: green, shallow, to red
+
+
+def print_trace(trace, model) -> None:
+    """The widths, the depths, and the compute saved, of one answer."""
+    n_block, flops = model.config.n_block, trace.flops(model)
+    depths = [depth for depth, _ in trace.steps]
+    print(f"[widths by block: {' '.join(map(str, trace.widths))}]", file=sys.stderr)
+    print("[depth of the tokens: " + ", ".join(f"{d} of {n_block} blocks {depths.count(d)}x" for d in sorted(set(depths)))
+          + "]", file=sys.stderr)
+    spent, full = (flops[f"{k}prompt"] + flops[f"{k}generated"] for k in ("", "full_"))
+    print(f"[FLOPs saved: {1 - flops['generated'] / flops['full_generated']:.1%} on the generated tokens, "
+          f"{1 - spent / full:.1%} with the prompt]", file=sys.stderr)
 
 
 @cli
@@ -22,7 +37,13 @@ def main(argv=None):
     p.add_argument("-p", "--prompt", default=None, help="answer this one and exit")
     p.add_argument("--chat", action="store_true", help="converse with the chat tokens (default: complete the text)")
     p.add_argument("--mode", default="god",
-                   help="ghost, whisper, normal, think, god, or a width (default: god, the full width)")
+                   help="ghost, whisper, normal, think, god, a width, or auto: as much as each prompt and token needs "
+                        "(default: god, the full width)")
+    p.add_argument("--budget", type=float, default=None,
+                   help="for --mode auto: share of full compute that the widths may cost, exits not counted (default: what "
+                        "the checkpoint was calibrated at)")
+    p.add_argument("--trace", action="store_true",
+                   help="colour each token by the depth it needed, and print the widths and the compute saved")
     p.add_argument("--max-tokens", type=int, default=200, help="tokens to generate (default: 200)")
     p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     p.add_argument("--top-k", type=int, default=50, help="sample among this many likeliest tokens (default: 50)")
@@ -31,11 +52,19 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     device = autodetect_device_type()
-    model, tokenizer, _, _ = ckpt.load(args.checkpoint, device)
-    if args.mode != "auto":  # which the engine answers for
-        model.resolve_widths(args.mode)  # a wrong mode is reported before anything else happens
+    model, tokenizer, info, _ = ckpt.load(args.checkpoint, device)
+
+    def check(mode):  # a wrong mode is reported before anything else happens
+        if mode == "auto":
+            check_trained(model)
+            Controls(model, args.budget, calibration=info.get("calibration"))
+        elif args.budget is not None:
+            raise ValueError("--budget has an effect with --mode auto only: add it, or drop --budget")
+        else:
+            model.resolve_widths(mode)
+    check(args.mode)
     prepare_inference(model, device)
-    engine = Engine(model, tokenizer)
+    engine = Engine(model, tokenizer, info.get("calibration"))
     bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")
 
     def answer(messages: list[dict]) -> str:
@@ -49,14 +78,20 @@ def main(argv=None):
         def counted():
             nonlocal count
             for token in engine.generate(ids, args.max_tokens, mode=args.mode, temperature=args.temperature,
-                                         top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=(bos, end)):
+                                         top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=(bos, end),
+                                         budget=args.budget):
                 count += 1
+                if args.trace:
+                    depth = engine.traces[0].steps[count - 1][0]
+                    print(f"\033[38;5;{DEPTH_COLOURS[(len(DEPTH_COLOURS) - 1) * depth // model.config.n_block]}m", end="")
                 yield token
         for piece in engine.stream_text(counted()):
             text += piece
             print(piece, end="", flush=True)
         seconds = time.perf_counter() - start
-        print(f"\n[{count} tokens, {count / seconds:.1f} tok/s, mode {args.mode}]", file=sys.stderr)
+        print("\033[0m" * args.trace + f"\n[{count} tokens, {count / seconds:.1f} tok/s, mode {args.mode}]", file=sys.stderr)
+        if args.trace:
+            print_trace(engine.traces[0], model)
         return text
 
     if args.prompt is not None:
@@ -72,7 +107,7 @@ def main(argv=None):
             return
         if line.startswith("/mode "):
             try:
-                model.resolve_widths(line[6:].strip())
+                check(line[6:].strip())
                 args.mode = line[6:].strip()
             except ValueError as e:
                 print(e, file=sys.stderr)

@@ -1,17 +1,38 @@
 """
-Bits per byte and compute of a model at each of its modes.
+Bits per byte and compute of a model at each of its modes; or the calibration of its mode auto.
 
     python -m scripts.fractal_eval --checkpoint ~/.cache/nanochat/fractal_checkpoints/d4_256 --json eval.json
+    python -m scripts.fractal_eval --checkpoint ~/.cache/nanochat/fractal_checkpoints/d4_256_unfrozen_auto \
+        --calibrate --delta 0.02 --epsilon 0.05
+
+Calibration chooses the exit threshold by Learn-then-Test on held-out text: with probability 1 - epsilon over that text,
+mode auto's greedy tokens differ from full compute's in at most a share delta. It writes the threshold and the evidence into
+the checkpoint's config.json.
 
 FLOPs are per token at the mean context of the evaluation. The dynamic part (attention and MLP) shrinks with the mode;
 the Mamba mixers and the head do not, so the whole model's share is given beside it.
 """
 import argparse
+import functools
+import time
+from dataclasses import asdict, replace
+
+import torch
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import autodetect_device_type, cli, get_compute_dtype, print0
+from nanochat.confidence_probe import (
+    Controls,
+    calibrate,
+    calibrate_prices,
+    calibrated_thresholds,
+    check_trained,
+    level_shares,
+    sequences_needed,
+)
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
+from nanochat.engine import Engine, prepare_inference
 from nanochat.loss_eval import evaluate_bpb
 
 
@@ -45,6 +66,87 @@ def print_table(rows: dict[str, dict]) -> None:
                f"{r['flops_share']:>13.1%}{r['kv_bytes_per_token']:>16,.0f}")
 
 
+def continuations(model, tokenizer, data, n: int, length: int, batch: int, device) -> tuple[torch.Tensor, int]:
+    """
+    n held-out prompts of half a context and what full compute greedily makes of them: ids (n, prompt + length), and the
+    prompt's length. ValueError where the validation text is too short.
+    """
+    T = model.config.sequence_len
+    start = max(1, min(T // 2, T - length))
+    if start + length > T:
+        raise ValueError(f"--new-tokens {length} does not fit the model's context of {T}: ask for at most {T - 1}")
+    rows, engine, began = [], Engine(model, tokenizer), time.perf_counter()
+    loader = DataLoader(tokenizer, data, "val", batch, T, device=device)
+    for x, _ in loader:
+        if loader.epoch > 0:
+            raise ValueError(f"the validation text ends after {len(rows)} sequences, and --sequences asks for {n}: "
+                             "give more --data, or ask for fewer")
+        prompts = x[:, :start].tolist()
+        out = [list(p) for p in prompts]
+        for pairs in engine.stream(prompts, length, temperature=0):
+            for r, token in pairs:
+                out[r].append(token)
+        rows += out
+        spent = time.perf_counter() - began
+        print0(f"  full compute: {min(len(rows), n)}/{n} sequences, {len(rows) * length / spent:,.0f} tok/s, "
+               f"ETA {max(0, spent / len(rows) * (n - len(rows))):.0f} s")
+        if len(rows) >= n:
+            return torch.tensor(rows[:n], device=device), start
+
+
+@torch.no_grad()
+def differing(model, ids: torch.Tensor, start: int, control, batch: int) -> torch.Tensor:
+    """
+    For each sequence the share of full compute's greedy tokens (those behind `start`) that mode auto would have chosen
+    otherwise after the same text, (n,). One parallel pass decides token for token as decoding does.
+    """
+    out = []
+    for i in range(0, len(ids), batch):
+        x = ids[i:i + batch, :-1]
+        widths = control.plan(x[:, :start].tolist()).clone()
+        acts = (torch.arange(x.size(1)) >= start - 1).expand(len(x), -1)
+        h = model.hidden(x, widths, control=functools.partial(control, list(range(len(x))), acts=acts))
+        chosen = model.logits(h[:, start - 1:]).argmax(-1)
+        out.append((chosen != ids[i:i + batch, start:]).double().mean(1).cpu())
+    return torch.cat(out)
+
+
+def calibrate_checkpoint(args, model, tokenizer, info, file, data, device) -> dict:
+    """The evidence, also written into the checkpoint's config.json."""
+    if file.name != "model.pt":
+        raise ValueError(f"{file} is a training step: calibrate an export, which has a config.json")
+    check_trained(model)
+    least = sequences_needed(args.delta, args.epsilon)
+    if args.sequences < least:
+        raise ValueError(f"--sequences {args.sequences} cannot bound the risk by {args.delta} at confidence "
+                         f"{1 - args.epsilon:g}: ask for at least {least}, or a larger --delta or --epsilon")
+    _, floor = level_shares(model)
+    budget = 1.0 if args.budget is None else args.budget
+    prepare_inference(model, device)
+    ids, start = continuations(model, tokenizer, data, args.sequences, args.new_tokens, args.device_batch_size, device)
+    budgets = sorted({round(floor + (1 - floor) * i / 10, 4) for i in range(1, 10)} | {budget})
+    prices = calibrate_prices(model, ids[:, :start].tolist(), budgets)
+
+    def losses_at(threshold):
+        control = Controls(model, budget, threshold, min(threshold, model.config.expand_threshold), {"prices": prices})
+        losses = differing(model, ids, start, control, args.device_batch_size)
+        print0(f"  exit threshold {threshold}: {losses.mean():.2%} of the tokens differ")
+        return losses
+    evidence, _ = calibrate(losses_at, args.delta, args.epsilon)
+    evidence |= {"risk": "share of greedy tokens that differ from full compute's", "new_tokens": args.new_tokens,
+                 "prompt_tokens": start, "budget": budget, "prices": prices}
+    if evidence["exit_threshold"] is None:
+        raise ValueError(f"nothing keeps the risk below {args.delta}: without any exit {evidence['observed'][0]:.1%} of the "
+                         f"tokens differ at a budget of {budget}: raise --budget or --delta, or train longer")
+    config = replace(model.config, **calibrated_thresholds(evidence["exit_threshold"], model.config))
+    ckpt.save_json(info | {"config": asdict(config), "calibration": evidence}, file.parent / "config.json")
+    at = evidence["thresholds"].index(evidence["exit_threshold"])
+    print0(f"exit threshold {evidence['exit_threshold']}: with {1 - args.epsilon:.0%} confidence at most {args.delta:.0%} "
+           f"of the tokens differ; {evidence['observed'][at]:.2%} did in {args.sequences} sequences\nwrote "
+           f"{file.parent / 'config.json'}")
+    return evidence
+
+
 @cli
 def main(argv=None):
     p = argparse.ArgumentParser(description="Bits per byte and compute at each mode.")
@@ -53,15 +155,27 @@ def main(argv=None):
     p.add_argument("--eval-tokens", type=int, default=163840, help="validation tokens per mode (default: 163840)")
     p.add_argument("--device-batch-size", type=int, default=8, help="rows per forward pass (default: 8)")
     p.add_argument("--json", default=None, help="also write the table to this file")
+    p.add_argument("--calibrate", action="store_true", help="choose the exit threshold of mode auto, instead of the table")
+    p.add_argument("--delta", type=float, default=0.02, help="the risk to stay below: share of tokens (default: 0.02)")
+    p.add_argument("--epsilon", type=float, default=0.05, help="the chance that the promise fails (default: 0.05)")
+    p.add_argument("--budget", type=float, default=None,
+                   help="share of full compute that the predictor's widths may cost, and auto's default (default: 1)")
+    p.add_argument("--sequences", type=int, default=256, help="held-out sequences to calibrate on (default: 256)")
+    p.add_argument("--new-tokens", type=int, default=32, help="generated tokens of each (default: 32)")
     args = p.parse_args(argv)
     if args.device_batch_size < 1 or args.eval_tokens < 1:
         raise ValueError("--device-batch-size and --eval-tokens must be at least 1")
 
     device = autodetect_device_type()
-    model, tokenizer, _, _ = ckpt.load(args.checkpoint, device)
+    model, tokenizer, info, file = ckpt.load(args.checkpoint, device)
     model.compute_dtype = get_compute_dtype(device)
     T = model.config.sequence_len
     data = prepare(args.data)
+    if args.calibrate:
+        evidence = calibrate_checkpoint(args, model, tokenizer, info, file, data, device)
+        if args.json:
+            ckpt.save_json(evidence, args.json)
+        return evidence
     steps = max(1, args.eval_tokens // (args.device_batch_size * T))
     rows = mode_table(model, (T + 1) / 2)
     token_bytes = tokenizer.token_bytes()

@@ -2,7 +2,7 @@
 The tasks, in three difficulties, made at random without end and split so that no held-out instance is ever trained on.
 
 easy    copy or repeat a random word            copy qzkf=qzkf          twice hb=hbhb
-medium  count a letter, a length, two numbers   b in bdbbd=3           len wkxqa=5         47+85=132
+medium  count a letter, a length, two numbers   count xbqb b=2         len wkxqa=5         47+85=132
 hard    three numbers, x + reverse(x), digits   12+30+9=51              flip 47=121         sum 345=12
 
 A hash of its prompt says to which split an instance belongs, so that no two splits overlap, whatever the seed.
@@ -17,7 +17,6 @@ from nanochat.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DIFFICULTIES = ("easy", "medium", "hard")
-LONGEST = 26  # tokens of the longest instance, with its <|bos|> and end
 
 
 class Instance(NamedTuple):
@@ -43,9 +42,11 @@ def _twice(rng):
 
 
 def _count(rng):
-    some = rng.sample(LETTERS, 3)  # few letters, or most counts would be 0
-    w, letter = _word(rng, 3, 8, some), rng.choice(some)
-    return f"{letter} in {w}=", str(w.count(letter))
+    letter, n = rng.choice(LETTERS), rng.randint(3, 8)
+    hits = rng.sample(range(n), rng.randint(0, min(n, 4)))  # planted, or most counts would be 0
+    others = LETTERS.replace(letter, "")
+    w = "".join(letter if i in hits else rng.choice(others) for i in range(n))
+    return f"count {w} {letter}=", str(len(hits))
 
 
 def _length(rng):
@@ -63,7 +64,7 @@ def _add_three(rng):
     return "+".join(map(str, n)) + "=", str(sum(n))
 
 
-def _mirror(rng):
+def _flip(rng):
     x = rng.randint(10, 99)
     return f"flip {x}=", str(x + int(str(x)[::-1]))
 
@@ -74,7 +75,7 @@ def _digits(rng):
 
 
 TASKS = {"easy": {"copy": _copy, "twice": _twice}, "medium": {"count": _count, "len": _length, "add two": _add_two},
-         "hard": {"add three": _add_three, "mirror": _mirror, "digits": _digits}}
+         "hard": {"add three": _add_three, "flip": _flip, "digits": _digits}}
 
 
 def split_of(prompt: str) -> str:

@@ -1,0 +1,497 @@
+"""
+Trains a small hybrid on the tasks, then its controls, calibrates them, and measures what adaptive compute costs and saves.
+
+The training step is the package's: a full pass (teacher, cross-entropy), a narrow pass at sampled widths and exits that
+learns the teacher's distribution, then, on the finished model, gate and predictor. Only answers are supervised.
+"""
+import functools
+import math
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from nanochat.checkpoint_manager import build_model, save_export
+from nanochat.common import get_rank, print0
+from nanochat.confidence_probe import (
+    THRESHOLDS,
+    Controls,
+    calibrate,
+    calibrate_prices,
+    calibrated_thresholds,
+    fixed_sequence,
+    level_shares,
+)
+from nanochat.engine import Engine, Trace, prepare_inference
+from nanochat.hybrid_gpt import HybridConfig
+from nanochat.loss_eval import Shadow, controls_backward, gate_loss, matryoshka_backward, sample_students
+from nanochat.matryoshka import norm
+from nanochat.optim import setup_optimizers
+from nanochat.training import lr_multiplier, muon_momentum
+from tiny_experiment.tasks import DIFFICULTIES, Encoder, draw_many, make_tokenizer
+
+DELTA, EPSILON = 0.01, 0.05
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Sizes of one run. `pieces`: passes per step, of rows of like length, since padding costs as much as text. processes:
+    each on one core, with its own pieces; on a small model that is nearly twice as fast as two threads in one process.
+    """
+    steps: int = 1200
+    rows: int = 128
+    pieces: int = 4
+    control_steps: int = 300
+    control_rows: int = 128
+    calibration: int = 1350
+    test: int = 900
+    swept: int = 450  # of the test instances, for the curves
+    timed: int = 90
+    processes: int = 2
+
+    @classmethod
+    def quick(cls) -> "Settings":
+        """Runs every part in little more than a minute; much too short to learn the tasks."""
+        return cls(steps=40, rows=64, control_steps=20, control_rows=64, calibration=400, test=90, swept=45, timed=6)
+
+
+def make_model(encoder: Encoder, seed: int):
+    """8 blocks, 4 of attention and 4 of Mamba; width 128, eight heads of 16, so that there are four levels."""
+    config = HybridConfig(sequence_len=32, vocab_size=encoder.tokenizer.get_vocab_size(), n_layer=4, n_head=8, n_kv_head=8,
+                          n_embd=128, d_ref=128, top_width=128, mamba_expand=1, mamba_headdim=32, mamba_d_state=32,
+                          mamba_group_width=128)
+    model = build_model(config, "cpu")
+    torch.manual_seed(seed)
+    model.init_weights()
+    return model
+
+
+class Progress:
+    """A line every few seconds: what, how far, how fast, how long still."""
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.start, self.last = what, total, time.perf_counter(), 0.0
+
+    def __call__(self, done: int, text: str) -> None:
+        now = time.perf_counter() - self.start
+        if now - self.last >= 15 or done == self.total:
+            self.last = now
+            print0(f"  {self.what} {done}/{self.total} | {text} | {done / now:.1f} steps/s | "
+                   f"ETA {now / done * (self.total - done):.0f} s")
+
+
+def pieces_of(instances: list, s: Settings) -> list[tuple[int, list]]:
+    """(number, instances) of this process's pieces; the longest goes with the shortest, so that processes wait little."""
+    instances = sorted(instances, key=lambda i: len(i.prompt) + len(i.answer))
+    n = len(instances) // s.pieces
+    pieces = [(k, instances[k * n:(k + 1) * n]) for k in range(s.pieces)]
+    rank, world = get_rank()
+    return [p for p in pieces if min(p[0], s.pieces - 1 - p[0]) % world == rank]
+
+
+def finish_step(model, optimizers) -> None:
+    """Sums the gradients of all processes and steps; each piece's loss was scaled by its share of the whole batch."""
+    if get_rank()[1] > 1:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        torch.distributed.all_reduce(flat)
+        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g))
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+
+
+def set_rates(optimizers, step: int, total: int) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_multiplier(step, total, 0.02, 0.98)
+            if "momentum" in group:
+                group["momentum"] = muon_momentum(step)
+
+
+def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
+    """Everything but the controls; the losses of each step."""
+    optimizers = setup_optimizers(model, embedding_lr=0.1)
+    progress, history = Progress("model", s.steps), []
+    for step in range(s.steps):
+        set_rates(optimizers, step, s.steps)
+        instances = draw_many(seed * 1_000_003 + step, s.rows, "train")
+        total, seen, losses = sum(len(i.answer) + 1 for i in instances), 0, {}
+        for k, piece in pieces_of(instances, s):
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * s.pieces + k)
+            x, y, starts = encoder.batch(piece)
+            expanding = len(x) if k == step % s.pieces else 0  # a quarter of all rows, in one pass
+            students = sample_students(model.config, len(x), x.size(1), starts - 1, generator, expanding)
+            count = int((y >= 0).sum())
+            for name, v in matryoshka_backward(model, x, y, students, count / total).items():
+                losses[name] = losses.get(name, 0) + count * float(v)
+            seen += count
+        finish_step(model, optimizers)
+        losses = {name: v / seen for name, v in losses.items()}  # of this process's share of the batch
+        history.append(losses)
+        progress(step + 1, f"loss {losses['loss']:.3f} | kl {losses['kl']:.3f}")
+    return history
+
+
+def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
+    """Gate and predictor on the finished model; the losses of each step."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(("gate.", "predictor.")))
+    optimizers = setup_optimizers(model, control_lr=0.005)
+    progress, history = Progress("controls", s.control_steps), []
+    for step in range(s.control_steps):
+        set_rates(optimizers, step, s.control_steps)
+        rank, world = get_rank()
+        number = (seed * 1_000_003 + step) * world + rank
+        x, y, starts = encoder.batch(draw_many(number + 500_000, s.control_rows // world, "train"))
+        temperature = max(0.05, 1 - step / (0.8 * s.control_steps))
+        losses = controls_backward(model, x, y, starts, torch.Generator().manual_seed(number), temperature, 512, 1 / world)
+        finish_step(model, optimizers)
+        history.append({k: float(v) for k, v in losses.items()})
+        progress(step + 1, " | ".join(f"{k} {v:.3f}" for k, v in history[-1].items()))
+    return history
+
+
+def train(seed: int, s: Settings, between=None) -> tuple:
+    """The trained model and the histories of both phases; between(model) is called before the controls are trained."""
+    encoder = Encoder(make_tokenizer())
+    model = make_model(encoder, seed)
+    history = train_model(model, encoder, seed, s)
+    if between:
+        between(model)
+    return model, history, train_controls(model, encoder, seed, s)
+
+
+def _work(rank: int, world: int, meeting: str, seed: int, s: Settings, between=None):
+    """One training process of several; it says so as torchrun would, in the environment."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    try:
+        return train(seed, s, between)
+    finally:
+        torch.distributed.destroy_process_group()
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
+def train_in_parallel(seed: int, s: Settings, between) -> tuple:
+    """`train`, with a second process doing half of each batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        meeting, threads = f"{folder}/meeting", torch.get_num_threads()
+        others = [torch.multiprocessing.get_context("spawn").Process(
+            target=_work, args=(rank, s.processes, meeting, seed, s), daemon=True) for rank in range(1, s.processes)]
+        for process in others:
+            process.start()
+        try:
+            return _work(0, s.processes, meeting, seed, s, between)
+        finally:
+            torch.set_num_threads(threads)
+            for process in others:
+                process.join(10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging a whole set at once. Greedy decoding gives the reference answer if and only if the likeliest token after every
+# prefix of it is the right one, so one parallel pass with the same decisions judges as generating would.
+
+class Judge:
+    """A set of instances and what a policy makes of them."""
+    def __init__(self, model, encoder: Encoder, instances: list):
+        self.model, self.instances = model, instances
+        self.x, self.y, self.starts = encoder.batch(instances)
+        self.prompts = [encoder.prompt(i) for i in instances]
+        t = torch.arange(self.x.size(1))
+        self.behind = t >= self.starts[:, None] - 1
+        self.answer = self.y >= 0
+        self.counted = self.answer & (self.y != encoder.end)  # the end token does not count as generated
+        self.rows, self.rates = list(range(len(instances))), {}
+        self.difficulty = {d: torch.tensor([i.difficulty == d for i in instances]) for d in DIFFICULTIES}
+
+    @torch.no_grad()
+    def __call__(self, widths=None, depth: int | torch.Tensor | None = None, control=None, extra: float = 0.0) -> dict:
+        """
+        widths: see GPT.hidden. depth: of the tokens that generate, a number or (B, T). control: Controls that decide both.
+        extra: FLOPs per token and exit point of a score that is not the gate. Returns 'right' (n,) bool, 'flops' and
+        'full_flops' of the generating passes (n,), 'depth' (B, T), 'widths' (n, n_block) and 'predicted' (B, T).
+        """
+        model, n_block = self.model, self.model.config.n_block
+        exits, decide = None, None
+        if control is not None:
+            widths = control.plan(self.prompts).clone()
+            decide = functools.partial(control, self.rows, acts=self.behind)
+        elif depth is not None:
+            exits = torch.where(self.behind, torch.as_tensor(depth), n_block)
+        h = model.hidden(self.x, widths, exits, control=decide)
+        predicted = model.logits(h).argmax(-1)
+        right = ((predicted == self.y) | ~self.answer).all(1)
+        levels = model.resolve_widths(widths)
+        if control is not None:
+            exits, levels = control.exits, control.ran
+        exits = torch.full_like(self.x, n_block) if exits is None else exits
+        ran = torch.stack([torch.as_tensor(w).expand_as(self.x) for w in levels], -1)  # (B, T, n_block)
+        planned = ran[:, 0] if widths is None or not isinstance(widths, torch.Tensor) else widths
+        out = {"right": right, "predicted": predicted, "depth": exits, "widths": planned, "flops": [], "full_flops": []}
+        for r in self.rows:
+            places = self.answer[r].nonzero()[:, 0]
+            steps = [(int(exits[r, t]), tuple(ran[r, t].tolist())) for t in places]
+            trace = Trace(int(self.starts[r]), tuple(planned[r].tolist()), control is not None, steps)
+            flops = trace.flops(model, self.rates)
+            gate = model.gate.flops if control is not None and extra else 0
+            visits = sum(p <= d for d, _ in steps for p in model.config.exit_points) if extra else 0
+            out["flops"].append(flops["generated"] + visits * (extra - gate))
+            out["full_flops"].append(flops["full_generated"])
+        out["flops"], out["full_flops"] = (torch.tensor(out[k], dtype=torch.float64) for k in ("flops", "full_flops"))
+        return out
+
+    def summary(self, result: dict) -> dict:
+        """Exact match overall and by difficulty, and the share of full compute spent."""
+        right = result["right"].float()
+        return {"all": float(right.mean()), **{d: float(right[at].mean()) for d, at in self.difficulty.items()},
+                "flops": float(result["flops"].sum() / result["full_flops"].sum())}
+
+
+def softmax_score(model):
+    """The likeliest token's probability, by the model's own head at each exit point."""
+    c = model.config
+    return lambda i, x: model.logits(norm(x, c.d_ref, c.norm_eps)).softmax(-1).amax(-1)
+
+
+def change_score(model, idx):
+    """How little the state changed since the exit point before (the embedding, at the first): 1 / (1 + relative change)."""
+    c = model.config
+    before = {}
+
+    def score(i, x):
+        last = before.get("x")
+        if last is None or last[0] >= i:
+            last = 0, norm(model.embed(model.transformer.wte, idx), c.d_ref, c.norm_eps)
+        before["x"] = i, x
+        return 1 / (1 + (x - last[1]).norm(dim=-1) / last[1].norm(dim=-1))
+    return score
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One seed
+
+def pick_budget(judge: Judge, floor: float) -> tuple[float, list[list[float]]]:
+    """
+    The least budget whose plans cost no accuracy (0.1 points) without any exit, on instances that calibration does not use;
+    and the prices at which plans meet each budget.
+    """
+    budgets = [round(floor + (1 - floor) * i / 10, 4) for i in range(1, 10)]
+    prices = calibrate_prices(judge.model, judge.prompts, budgets)
+    full = judge.summary(judge())["all"]
+    for budget in budgets:
+        got = judge.summary(judge(control=Controls(judge.model, budget, 1.0, 0.0, {"prices": prices})))
+        if got["all"] >= full - 0.001:
+            return budget, prices
+    return 1.0, prices
+
+
+def calibrate_answers(judge: Judge, budget: float, prices: list) -> tuple[dict, torch.Tensor]:
+    """
+    The evidence as a checkpoint carries it, and the losses (see confidence_probe.calibrate). Risk: the share of instances
+    that full compute answers right and adaptive compute does not.
+    """
+    full = judge()["right"]
+
+    def losses_at(t):
+        control = Controls(judge.model, budget, t, min(t, judge.model.config.expand_threshold), {"prices": prices})
+        return (full & ~judge(control=control)["right"]).float()
+    evidence, losses = calibrate(losses_at, DELTA, EPSILON)
+    risk = "answers that full compute gets right and adaptive compute does not"
+    return evidence | {"risk": risk, "budget": budget, "prices": prices}, losses
+
+
+def resampled_promise(losses: torch.Tensor, trials: int = 200, n: int = 600) -> dict:
+    """
+    Does calibration keep its promise? Calibrates on n instances drawn anew from all of `losses` (thresholds, instances),
+    whose means are then the true risks; counts the trials in which the chosen threshold's exceeds delta.
+    """
+    true, g, failures = losses.mean(1), torch.Generator().manual_seed(0), 0
+    for _ in range(trials):
+        at, _ = fixed_sequence(losses[:, torch.randint(losses.size(1), (n,), generator=g)], DELTA, EPSILON)
+        failures += at >= 0 and bool(true[at] > DELTA)
+    return {"trials": trials, "sequences": n, "failures": int(failures), "allowed": 16}
+
+
+@torch.no_grad()
+def examine_gate(judge: Judge, budget: float, prices: list) -> dict:
+    """Brier score, base rate's, loss, calibration curve and error, confusion: at every exit point of every answer token."""
+    model = judge.model
+    at = judge.answer.flatten().nonzero()[:, 0]
+    control = Controls(model, budget, 1.0, 0.0, {"prices": prices})
+    shadow = Shadow(at, functools.partial(control, judge.rows, acts=judge.behind))
+    full = model.hidden(judge.x).flatten(0, 1)[at]
+    model.hidden(judge.x, control.plan(judge.prompts).clone(), control=shadow)
+    loss, seen = gate_loss(model, shadow, full, judge.y.flatten()[at])
+    sure, label = seen["confidence"], seen["label"]
+    bins = [(sure >= i / 15) & (sure < (i + 1) / 15 + (i == 14)) for i in range(15)]
+    curve = [(float(sure[b].mean()), float(label[b].mean()), int(b.sum())) for b in bins if b.any()]
+    said = sure > 0.5
+    rate = seen["rate"]
+    return {"loss": float(loss), "brier": seen["brier"], "base_brier": rate * (1 - rate), "rate": rate, "curve": curve,
+            "ece": sum(abs(c - a) * n for c, a, n in curve) / len(sure),
+            "confusion": {"leave, and should": int((said & (label == 1)).sum()),
+                          "leave, but should not": int((said & (label == 0)).sum()),
+                          "stay, but could leave": int((~said & (label == 1)).sum()),
+                          "stay, and should": int((~said & (label == 0)).sum())}}
+
+
+def generate_all(engine: Engine, judge: Judge, encoder: Encoder, rows: int = 64, **options) -> tuple[list[str], list[Trace]]:
+    """Greedy answers by decoding, in batches, and their traces."""
+    answers, traces = [], []
+    for i in range(0, len(judge.prompts), rows):
+        out = [[] for _ in judge.prompts[i:i + rows]]
+        for pairs in engine.stream(judge.prompts[i:i + rows], 12, temperature=0, stop=(encoder.end,), **options):
+            for r, token in pairs:
+                out[r].append(token)
+        answers += [encoder.tokenizer.decode(o) for o in out]
+        traces += engine.traces
+    return answers, traces
+
+
+def spent(judge: Judge, traces: list[Trace]) -> dict:
+    """Shares of full compute: of the generating passes, and of prompt and answer together."""
+    totals = {}
+    for trace in traces:
+        for k, v in trace.flops(judge.model, judge.rates).items():
+            totals[k] = totals.get(k, 0.0) + v
+    return {"generated": totals["generated"] / totals["full_generated"],
+            "all": (totals["generated"] + totals["prompt"]) / (totals["full_generated"] + totals["full_prompt"])}
+
+
+def wall_clock(engine: Engine, judge: Judge, encoder: Encoder, n: int) -> dict:
+    """Seconds per answer at batch 1, full and adaptive in turns, and the median of the ratios."""
+    times = {None: [], "auto": []}
+    for r in range(n + 3):
+        prompt = judge.prompts[(r * 7) % len(judge.prompts)]
+        for mode, taken in times.items():
+            start = time.perf_counter()
+            list(engine.generate(prompt, 12, mode=mode, temperature=0, stop=(encoder.end,)))
+            if r >= 3:
+                taken.append(time.perf_counter() - start)
+    return {"full_ms": 1e3 * statistics.median(times[None]), "auto_ms": 1e3 * statistics.median(times["auto"]),
+            "speedup": sum(times[None]) / sum(times["auto"])}
+
+
+def static_grid(judge: Judge) -> dict:
+    """Every uniform width at full depth, every exit depth at full width, and both together."""
+    c = judge.model.config
+    out = {"width": {}, "depth": {}, "both": {}}
+    for w in c.levels:
+        for d in (*c.exit_points, c.n_block):
+            kind = "depth" if w == c.top_width else "width" if d == c.n_block else "both"
+            out[kind][f"{w}@{d}"] = judge.summary(judge(w, d))
+    return out
+
+
+def curves(judge: Judge, calibration: dict) -> dict:
+    """
+    Accuracy against FLOPs as the threshold moves, for the gate and for what it must beat, all at the predictor's widths;
+    and exits drawn at random with the gate's own frequencies of depth.
+    """
+    model, c = judge.model, judge.model.config
+    head = 2 * c.n_embd * c.vocab_size
+
+    def sweep(score, extra, thresholds):
+        return [judge.summary(judge(control=Controls(model, calibration["budget"], t, 0.0, calibration, score), extra=extra))
+                | {"threshold": t} for t in thresholds]
+    out = {"gate": sweep(None, 0.0, THRESHOLDS),
+           "softmax": sweep(softmax_score(model), head, (1.0, 0.9999, 0.999, 0.99, 0.97, 0.9, 0.8, 0.65, 0.5)),
+           "change": sweep(change_score(model, judge.x), 3 * c.n_embd, [i / 20 for i in range(18, 2, -2)])}
+    g, out["random"] = torch.Generator().manual_seed(0), []
+    for t in THRESHOLDS:
+        control = Controls(model, calibration["budget"], t, 0.0, calibration)
+        result = judge(control=control)
+        depths = result["depth"][judge.answer]
+        drawn = torch.full_like(judge.x, c.n_block)
+        drawn[judge.answer] = depths[torch.randint(len(depths), (len(depths),), generator=g)]
+        out["random"].append(judge.summary(judge(result["widths"], drawn)) | {"threshold": t})
+    return out
+
+
+def run_seed(seed: int, s: Settings, folder: Path) -> dict:
+    """Trains and measures one seed; all that the report needs. The model is written to `folder`."""
+    started = time.perf_counter()
+    encoder, first = Encoder(make_tokenizer()), {}
+    instances = draw_many(seed, s.test, "test")
+
+    def between(model):
+        first.update(examine_gate(Judge(model, encoder, instances), 1.0, []))
+    model, history, control_history = (train_in_parallel if s.processes > 1 else train)(seed, s, between)
+    c = model.config
+    print0(f"  {model.num_params()['total']:,} parameters, levels {c.levels}, exits after {c.exit_points} of {c.n_block}")
+    test, swept = Judge(model, encoder, instances), Judge(model, encoder, instances[:s.swept])
+    _, floor = level_shares(model)
+    prepare_inference(model, "cpu", torch.float32)
+    trained = time.perf_counter() - started
+
+    held_out = draw_many(seed, s.calibration, "calibration")
+    budget, prices = pick_budget(Judge(model, encoder, held_out[:s.calibration // 4]), floor)
+    calibration, losses = calibrate_answers(Judge(model, encoder, held_out[s.calibration // 4:]), budget, prices)
+    print0(f"  budget {budget:.2f} of full compute, exit threshold {calibration['exit_threshold']}")
+    promise = resampled_promise(losses)
+    model.config = c = replace(c, **calibrated_thresholds(calibration["exit_threshold"], c))
+    save_export(folder, model, encoder.tokenizer, {"tag": "tiny", "provenance": {"trained": "tiny_experiment", "seed": seed},
+                                                   "calibration": calibration})
+    engine = Engine(model, encoder.tokenizer, calibration)
+    answers = {}
+    for name, options in {"full": {}, **{m: {"mode": m} for m in c.distinct_modes}, "adaptive": {"mode": "auto"}}.items():
+        answers[name] = generate_all(engine, test, encoder, **options)
+    gate = examine_gate(test, budget, prices)
+    result = {"seed": seed, "config": str(c), "history": history, "control_history": control_history, "budget": budget,
+              "calibration": calibration, "promise": promise, "gate_first": first, "gate": gate,
+              "exact_match": {}, "static": static_grid(swept), "curves": curves(swept, calibration)}
+    for name, (texts, _) in answers.items():
+        right = torch.tensor([a == i.answer for a, i in zip(texts, test.instances)]).float()
+        result["exact_match"][name] = {"all": float(right.mean()),
+                                       **{d: float(right[at].mean()) for d, at in test.difficulty.items()}}
+        by_task = {}
+        for i, ok in zip(test.instances, right.tolist()):
+            by_task.setdefault(i.task, []).append(ok)
+        result["exact_match"][name]["tasks"] = {k: statistics.mean(v) for k, v in sorted(by_task.items())}
+    texts, traces = answers["adaptive"]
+    tokens = {d: [depth for trace, text, i in zip(traces, texts, test.instances) if i.difficulty == d
+                  for depth, _ in trace.steps[:len(text)]] for d in DIFFICULTIES}  # a character is a token; not the end
+    depths = [d for v in tokens.values() for d in v]
+    widths = {d: [statistics.mean(t.widths) for t, i in zip(traces, test.instances) if i.difficulty == d]
+              for d in DIFFICULTIES}
+    result |= {
+        "exit_rate": statistics.mean(d <= 0.75 * c.n_block for d in depths),
+        "spent": spent(test, traces),
+        "spent_modes": {name: spent(test, t) for name, (_, t) in answers.items()},
+        "depth_counts": {d: {p: v.count(p) for p in (*c.exit_points, c.n_block)} for d, v in tokens.items()},
+        "mean_depth": {d: statistics.mean(v) for d, v in tokens.items()},
+        "mean_width": {d: statistics.mean(v) for d, v in widths.items()},
+        "hard_minus_easy": {"depth": difference(tokens["hard"], tokens["easy"]),
+                            "width": difference(widths["hard"], widths["easy"])},
+        "levels": {d: [statistics.mean(t.widths[b] for t, i in zip(traces, test.instances) if i.difficulty == d)
+                       for b in range(c.n_block)] for d in DIFFICULTIES},
+        "examples": examples(test, texts, traces),
+        "wall": wall_clock(engine, test, encoder, s.timed),
+        "seconds": {"training": trained, "all": time.perf_counter() - started}}
+    return result
+
+
+def difference(a: list[float], b: list[float]) -> dict:
+    """Mean of a minus mean of b, and the lower end of its one-sided 95 % interval (normal approximation)."""
+    a, b = (torch.tensor(v, dtype=torch.float64) for v in (a, b))
+    error = math.sqrt(float(a.var()) / len(a) + float(b.var()) / len(b))
+    return {"mean": float(a.mean() - b.mean()), "low": float(a.mean() - b.mean()) - 1.645 * error}
+
+
+def examples(judge: Judge, texts: list[str], traces: list[Trace]) -> list[dict]:
+    """An easy and a hard answer, token by token."""
+    out = []
+    for d in ("easy", "hard"):
+        r = next((r for r, i in enumerate(judge.instances) if i.difficulty == d and texts[r] == i.answer), None)
+        if r is not None:
+            out.append({"prompt": judge.instances[r].prompt, "answer": texts[r], "difficulty": d,
+                        "widths": list(traces[r].widths), "depths": [depth for depth, _ in traces[r].steps]})
+    return out
