@@ -10,6 +10,7 @@ import copy
 import torch
 
 from nanochat.mamba_block import WINDOW, MambaState
+from nanochat.matryoshka import rope_tables
 
 
 class KVView:
@@ -19,24 +20,29 @@ class KVView:
         self.width = None   # query heads of every position so far, while that is one number
         self.heads = None   # (rows, length) int16 once it is not
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, heads: int | torch.Tensor) -> None:
-        """k, v (B, h, T, head_dim) of the tokens announced by `begin`; heads: query heads they have, int or (B, T)."""
-        o, h, T = self.owner, k.size(1), k.size(2)
+    def mark(self, heads: int | torch.Tensor) -> None:
+        """Says how many query heads the tokens announced by `begin` have: an int, or (B, T)."""
+        o = self.owner
         if self.heads is None:
             if isinstance(heads, int) and self.width in (None, heads):
                 self.width = heads
-            else:
-                self._differ()
+                return
+            self._differ()
         if o.slots is None:
-            at = slice(o.start, o.start + T)
-            self.k[:, :h, at], self.v[:, :h, at] = k, v
-            if self.heads is not None:
-                self.heads[:, at] = heads if isinstance(heads, int) else heads.to(self.heads)
+            self.heads[:, o.start:o.stop] = heads if isinstance(heads, int) else heads.to(self.heads)
         else:
-            row, t, s = o.slots  # of the valid tokens
+            row, t, s = o.slots
+            self.heads[row, s] = heads if isinstance(heads, int) else heads.to(self.heads)[row, t]
+
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v (B, h, T, head_dim) of those tokens, for the first h heads."""
+        o, h = self.owner, k.size(1)
+        if o.slots is None:
+            at = slice(o.start, o.stop)
+            self.k[:, :h, at], self.v[:, :h, at] = k, v
+        else:
+            row, t, s = o.slots
             self.k[row, :h, s], self.v[row, :h, s] = k[row, :, t], v[row, :, t]
-            if self.heads is not None:
-                self.heads[row, s] = heads if isinstance(heads, int) else heads.to(self.heads)[row, t]
 
     def read(self, n_kv: int, n_head: int):
         """
@@ -45,7 +51,7 @@ class KVView:
         """
         o = self.owner
         k, v = self.k[:, :n_kv, :o.stop], self.v[:, :n_kv, :o.stop]
-        if self.heads is None or bool((self.heads[:, :o.stop] >= n_head).all()):
+        if self.heads is None:
             return k, v, o.mask, o.is_causal
         have = self.heads[:, None, :o.stop] > torch.arange(n_head, device=k.device)[:, None]  # (B, n_head, positions)
         return k, v, have.unsqueeze(2) & o.causal(), False
@@ -62,8 +68,16 @@ class KVView:
     def rollback(self, block, keep: torch.Tensor) -> None:
         """Likewise."""
 
-    def keep(self, rows: torch.Tensor) -> None:
-        self.k, self.v = self.k[rows], self.v[rows]
+    def keep(self, rows: list[int]) -> None:
+        if rows == sorted(set(rows)):  # rows move to the front of their own memory, and only what they hold
+            used = max((self.owner.pos[r] for r in rows), default=0)
+            for to, r in enumerate(rows):
+                if to != r:
+                    for t in (self.k, self.v):
+                        t[to, :, :used] = t[r, :, :used]
+            self.k, self.v = self.k[:len(rows)], self.v[:len(rows)]
+        else:
+            self.k, self.v = self.k[rows], self.v[rows]
         self.heads = None if self.heads is None else self.heads[rows]
 
     def append(self, other: "KVView") -> None:
@@ -95,7 +109,7 @@ class MambaView:
     def rollback(self, block, keep: torch.Tensor) -> None:
         block.mamba.rollback(self.state, keep)
 
-    def keep(self, rows: torch.Tensor) -> None:
+    def keep(self, rows: list[int]) -> None:
         self.state = self.state[rows]
 
     def append(self, other: "MambaView") -> None:
@@ -118,6 +132,7 @@ class MatryoshkaKVCache:
                              "give a shorter prompt or ask for fewer tokens")
         self.pos, self.length, self.device = [0] * batch, length, device
         self.blocks, self.views, self._saved_pos = model.transformer.h, [], None
+        self._rope = rope_tables(torch.arange(length, device=device), c.head_dim, c.rope_base)
         for block in model.transformer.h:
             if block.kind == "attention":
                 shape = (batch, block.attn.n_kv(c.top_width), length, c.head_dim)
@@ -129,10 +144,11 @@ class MatryoshkaKVCache:
     def __getitem__(self, i: int):
         return self.views[i]
 
-    def begin(self, T: int, lengths: list[int] | None = None) -> torch.Tensor:
+    def begin(self, T: int, lengths: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Announces a chunk of T tokens a row, of which only the first lengths[r] are valid (all, if None), and returns
-        their positions, (T,) where all rows stand at the same, else (B, T). The model calls it, then `advance`.
+        the rotary tables of their positions (see rope_tables): (T, head_dim / 2) where all rows stand at the same, else
+        (B, T, head_dim / 2). The model calls it, then `advance`.
         ValueError when a row would not fit.
         """
         if lengths is not None and (len(lengths) != len(self.pos) or not 0 <= min(lengths) <= max(lengths) <= T):
@@ -141,15 +157,14 @@ class MatryoshkaKVCache:
         if max(ends) > self.length:
             raise ValueError(f"{max(ends)} tokens do not fit the cache of {self.length}: allocate a longer one, or "
                              "give a shorter prompt")
-        self.ends, self.slots, self.lengths = ends, None, None
+        self.ends, self.slots, self.lengths, self._places = ends, None, None, None
         if lengths is None and len(set(self.pos)) == 1:
             self.start, self.stop = self.pos[0], ends[0]
             self.is_causal, self.mask = T > 1 and self.start == 0, None
-            positions = torch.arange(self.start, self.stop, device=self.device)
-            self._positions = positions
+            self._positions = torch.arange(self.start, self.stop, device=self.device)
             if T > 1 and self.start > 0:
                 self.mask = self.causal()
-            return positions
+            return tuple(t[self.start:self.stop] for t in self._rope)
         start = torch.tensor(self.pos, device=self.device)[:, None]
         offset = torch.arange(T, device=self.device)
         self._positions = start + offset  # (B, T)
@@ -158,8 +173,20 @@ class MatryoshkaKVCache:
         if lengths is not None:
             self.lengths = torch.tensor(lengths, device=self.device)
         row, t = (self._positions < torch.tensor(ends, device=self.device)[:, None]).nonzero(as_tuple=True)
-        self.slots = row, t, self._positions[row, t]
-        return self._positions.clamp(max=self.length - 1)
+        self.slots = row, t, self._positions[row, t]  # of the valid tokens
+        at = self._positions.clamp(max=self.length - 1)
+        return tuple(t[at] for t in self._rope)
+
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and position of each announced token, two int64 (B * T,); the position of padding is -1."""
+        if self._places is None:
+            B, T = len(self.pos), self._positions.size(-1)
+            position = self._positions.expand(B, T).contiguous().view(-1)
+            if self.slots is not None:
+                row, t, s = self.slots
+                position = torch.full_like(position, -1).index_copy_(0, row * T + t, s)
+            self._places = torch.arange(B, device=self.device).repeat_interleave(T), position
+        return self._places
 
     def causal(self) -> torch.Tensor:
         """(1 or B, 1, T, positions) bool: a token sees the positions up to its own."""
@@ -196,9 +223,8 @@ class MatryoshkaKVCache:
 
     def keep(self, rows: list[int]) -> None:
         """Keeps these rows, in this order; the others are gone. A checkpoint is dropped."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.device)
         for view in self.views:
-            view.keep(index)
+            view.keep(rows)
         self.pos, self._saved_pos = [self.pos[r] for r in rows], None
 
     def append(self, other: "MatryoshkaKVCache") -> None:

@@ -9,13 +9,15 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
+from nanochat.matryoshka import sliced_linear
+
 CHUNK = 256  # tokens; their fp32 logits for 8192 classes are 8 MB, which stays in a CPU's last-level cache
 
 
 def head_logits(h: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
     """h (..., D), weight (V, D) -> softcap * tanh(h weight^T / softcap), (..., V), fp32."""
     wide = torch.promote_types(h.dtype, torch.float32)
-    return torch.tanh((h @ weight.to(h.dtype).T).to(wide) / softcap) * softcap
+    return torch.tanh(sliced_linear(h, weight, len(weight)).to(wide) / softcap) * softcap
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from nanochat import cpu_decode
 from nanochat.cpu_attention import causal_attention
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,12 +94,15 @@ def norm(x: torch.Tensor, d_ref: int, eps: float) -> torch.Tensor:
     length d_ref this is RMSNorm. Dividing by d_ref and not by the length gives a slice x[..., :d] the length of the
     whole vector (pre-activations keep their scale at every width) and lets zero dims be appended without any change.
     """
+    if cpu_decode.serves(x):
+        return cpu_decode.norm(x, d_ref, eps)
     return _Norm.apply(x, d_ref, eps)
 
 
 def sliced_linear(x: torch.Tensor, weight: torch.Tensor, d_out: int) -> torch.Tensor:
     """x (..., d_in) times the leading corner weight[:d_out, :d_in]^T, in the dtype of x -> (..., d_out)."""
-    return F.linear(x, weight[:d_out, :x.size(-1)].to(x.dtype))
+    corner = weight[:d_out, :x.size(-1)]
+    return cpu_decode.linear(x, corner) if cpu_decode.serves(x, corner) else F.linear(x, corner.to(x.dtype))
 
 
 def add_prefix(x: torch.Tensor, y: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
@@ -195,15 +199,19 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         hd = self.head_dim
+        heads = level // hd  # query heads that a position has: an int, or (B, T)
+        if cache is not None:
+            cache.mark(heads)
+            if isinstance(level, int) and cpu_decode.serves(x, self.c_q.weight):
+                return cpu_decode.attention(self, x, level, rope, value, cache, write_only)
         u = per_level(level, lambda d, x: norm(x[..., :d], self.d_ref, self.eps), x)
         d = u.size(-1)
         k = per_level(level, self._keys, u).view(B, T, -1, hd)
         v = per_level(level, self._values, u, *(() if value is None else (value,))).view(B, T, -1, hd)
         k = norm(apply_rope(k, rope), hd, self.eps)
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, kv heads, T, head_dim)
-        heads = level // hd  # query heads that a position has: an int, or (B, T)
         if cache is not None:
-            cache.write(k, v, heads)
+            cache.write(k, v)
         if write_only:
             return None
         q = per_level(level, self._queries, u).view(B, T, -1, hd)
@@ -233,6 +241,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * D, D, bias=False)
 
     def _update(self, d, x):
+        if cpu_decode.serves(x, self.c_fc.weight):
+            return cpu_decode.mlp(x, self.c_fc.weight, self.c_proj.weight, d, self.d_ref, self.eps)
         u = norm(x[..., :d], self.d_ref, self.eps)
         hidden = sliced_linear(u, self.c_fc.weight, 4 * d)
         return sliced_linear(F.relu(hidden).square(), self.c_proj.weight, d)
