@@ -351,9 +351,8 @@ class Mamba2(nn.Module):
     def _step(self, u, state, write_only):
         """forward for one token without gradients: (B,1,d_model) -> the same or None."""
         conv, S, G, dtype = state.conv_state, state.ssm_state, self.ngroups, u.dtype
-        fp32 = (self.conv1d.weight, self.A_log)  # those that decide: all of FP32_PARAMS stay so together
-        if conv.stride(1) == 1 and all(p.dtype == torch.float32 for p in fp32) and \
-                cpu_decode.serves(u, self.in_proj.weight, self.out_proj.weight):
+        fp32 = self.A_log.dtype == self.conv1d.weight.dtype == torch.float32  # FP32_PARAMS were not cast with the rest
+        if fp32 and conv.stride(1) == 1 and cpu_decode.serves(u, self.in_proj.weight, self.out_proj.weight):
             y, projected = cpu_decode.mamba(self, u, conv, S, write_only, NORM_EPS)
             self._record_step(state, projected)
             return y

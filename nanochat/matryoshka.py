@@ -99,10 +99,38 @@ def norm(x: torch.Tensor, d_ref: int, eps: float) -> torch.Tensor:
     return _Norm.apply(x, d_ref, eps)
 
 
+class _CornerLinear(torch.autograd.Function):
+    """
+    Written out because autograd's backward of a slice fills a whole matrix with zeros and copies into it, once for each
+    of the two slicings and also where they cut nothing, and so costs a narrow pass as much as a wide one.
+    """
+    @staticmethod
+    def forward(ctx, x, weight, d_out):
+        w = weight[:d_out, :x.size(-1)].to(x.dtype)
+        ctx.save_for_backward(x, w)
+        ctx.whole = weight.shape, weight.dtype
+        return F.linear(x, w)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (x, w), (shape, dtype) = ctx.saved_tensors, ctx.whole
+        dx = g @ w if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
+        corner = g.flatten(0, -2).mT @ x.flatten(0, -2)
+        if corner.shape == shape:
+            return dx, corner.to(dtype), None
+        dw = w.new_zeros(shape, dtype=dtype)
+        dw[:w.size(0), :w.size(1)] = corner
+        return dx, dw, None
+
+
 def sliced_linear(x: torch.Tensor, weight: torch.Tensor, d_out: int) -> torch.Tensor:
     """x (..., d_in) times the leading corner weight[:d_out, :d_in]^T, in the dtype of x -> (..., d_out)."""
-    corner = weight[:d_out, :x.size(-1)]
-    return cpu_decode.linear(x, corner) if cpu_decode.serves(x, corner) else F.linear(x, corner.to(x.dtype))
+    if cpu_decode.serves(x, weight):
+        return cpu_decode.linear(x, weight[:d_out, :x.size(-1)])
+    return _CornerLinear.apply(x, weight, d_out)
 
 
 def add_prefix(x: torch.Tensor, y: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
