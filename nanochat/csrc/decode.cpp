@@ -9,6 +9,7 @@
 // in PyTorch, for whatever does not come here, are in matryoshka.py and mamba_block.py. Nothing here keeps a pointer.
 // Vectors are GCC's, 16 floats wide, which it lowers to what the CPU has; only the bf16 product has an own instruction.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -92,6 +93,30 @@ template <class T> T* scratch(int slot, int64_t count) {
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(m.data()) + 63) & ~uintptr_t(63));
 }
 
+// --- threads ---------------------------------------------------------------------------------------------------------
+
+// An operator is one parallel region of several phases, each a loop whose pieces the threads take as they come. What waits
+// for a phase waits for its pieces, not for the threads, as a barrier would: a thread that another process has displaced
+// for some milliseconds keeps nobody waiting unless it holds a piece.
+class Phase {
+    std::atomic<int64_t> done{0};
+public:
+    // f(0..pieces-1). Every thread of the region calls it; returns where no piece is left to take.
+    template <class F> void run(int64_t pieces, F f) {
+        int64_t own = 0;
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t i = 0; i < pieces; i++) { f(i); own++; }
+        done.fetch_add(own, std::memory_order_release);
+    }
+    void wait(int64_t pieces) const {
+        while (done.load(std::memory_order_acquire) < pieces) {
+#ifdef __x86_64__
+            __builtin_ia32_pause();
+#endif
+        }
+    }
+};
+
 // --- linear ----------------------------------------------------------------------------------------------------------
 
 // A type of weights: Stored in memory, multiplied in packs of STEP with an Input of their own precision.
@@ -171,23 +196,25 @@ void strip(const Matrix<P>& m, int64_t from, int64_t to, const typename P::Input
     }
 }
 
-// emit(row, o, product) for all n input rows and all weight rows. Called by every thread of a parallel region, which
-// share the work; no barrier at the end.
-template <class P, class Emit> void multiply(const Matrix<P>& m, const typename P::Input* x, int64_t n, Emit emit) {
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t from = 0; from < m.rows; from += BLOCK) {
-        const int64_t to = std::min(from + BLOCK, m.rows);
+// emit(row, o, product) for all n input rows and all weight rows, as part of a phase. Returns its number of pieces.
+template <class P, class Emit>
+int64_t multiply(Phase& phase, const Matrix<P>& m, const typename P::Input* x, int64_t n, Emit emit) {
+    const int64_t pieces = (m.rows + BLOCK - 1) / BLOCK;
+    phase.run(pieces, [&](int64_t i) {
+        const int64_t from = i * BLOCK, to = std::min(from + BLOCK, m.rows);
         int64_t row = 0;
         for (; row + 8 <= n; row += 8) strip<P, 8>(m, from, to, x, row, emit);
         if (n - row >= 4) { strip<P, 4>(m, from, to, x, row, emit); row += 4; }
         if (n - row >= 2) { strip<P, 2>(m, from, to, x, row, emit); row += 2; }
         if (n - row) strip<P, 1>(m, from, to, x, row, emit);
-    }
+    });
+    return pieces;
 }
 
 // Rows (n, k) at distance `stride`, normed unless d_ref is 0, as a product's input (n, padded(k)).
 template <class P>
-typename P::Input* inputs(int slot, const typename P::Stored* x, int64_t stride, int64_t n, int64_t k, float d_ref, float eps) {
+typename P::Input* inputs(int slot, const typename P::Stored* x, int64_t stride, int64_t n, int64_t k, float d_ref,
+                          float eps) {
     auto* u = scratch<typename P::Input>(slot, n * padded(k));
     for (int64_t r = 0; r < n; r++) {
         const auto* p = x + r * stride;
@@ -232,7 +259,10 @@ void attend(const float* q, const T* k, const T* v, const int16_t* heads, int64_
     int64_t s = 0;
     for (; s + 4 <= end; s += 4)
         map(hd, y, y, [&](vec acc, int64_t i) {
-            auto value = [&](int64_t t) { return (i + LANES <= hd ? load(v + t * hd + i) : load_part(v + t * hd + i, hd - i)); };
+            auto value = [&](int64_t t) {
+                const T* at = v + t * hd + i;
+                return i + LANES <= hd ? load(at) : load_part(at, hd - i);
+            };
             return acc + p[s] * value(s) + p[s + 1] * value(s + 1) + p[s + 2] * value(s + 2) + p[s + 3] * value(s + 3);
         });
     for (; s < end; s++)
@@ -250,42 +280,48 @@ void attention(const T* x, T* out, const T* wq, const T* wk, const T* wv, const 
     const auto* u = inputs<P>(1, x, x_stride, n, d, d_ref, eps);
     auto* y = scratch<typename P::Input>(2, n * padded(d));
     float *q = scratch<float>(3, n * d), *k = scratch<float>(4, n * d_kv), *v = scratch<float>(5, n * d_kv);
+    Phase project, write, read, back;
 #pragma omp parallel
     {
-        multiply<P>({wk, d_kv, d, w_stride}, u, n, [&](int64_t r, int64_t o, float s) { k[r * d_kv + o] = s; });
-        multiply<P>({wv, d_kv, d, w_stride}, u, n, [&](int64_t r, int64_t o, float s) { v[r * d_kv + o] = s; });
-        if (!write_only) multiply<P>({wq, d, d, w_stride}, u, n, [&](int64_t r, int64_t o, float s) { q[r * d + o] = s; });
-#pragma omp barrier
-#pragma omp for collapse(2)
-        for (int64_t r = 0; r < n; r++)
-            for (int64_t j = 0; j < n_kv; j++) {
-                if (position[r] < 0) continue;
-                const int64_t angle = r % rope_rows * (hd / 2), at = row[r] * row_stride + j * head_stride + position[r] * hd;
-                float *kj = k + r * d_kv + j * hd, *vj = v + r * d_kv + j * hd;
-                place(kj, cos + angle, sin + angle, hd, eps, 1);
-                if (gate) {
-                    float s = 0;
-                    for (int64_t i = 0; i < gate_in; i++) s += widen(gate[j * gate_in + i]) * widen(u[r * padded(d) + i]);
-                    const float g = 2 / (1 + std::exp(-s * std::sqrt(d / d_ref)));
-                    for (int64_t i = 0; i < hd; i++) vj[i] += g * widen(value[r * value_stride + j * hd + i]);
-                }
-                for (int64_t i = 0; i < hd; i++) put(keys + at + i, kj[i]), put(values + at + i, vj[i]);
+        int64_t pieces = multiply<P>(project, {wk, d_kv, d, w_stride}, u, n,
+                                     [&](int64_t r, int64_t o, float s) { k[r * d_kv + o] = s; });
+        pieces += multiply<P>(project, {wv, d_kv, d, w_stride}, u, n,
+                              [&](int64_t r, int64_t o, float s) { v[r * d_kv + o] = s; });
+        if (!write_only)
+            pieces += multiply<P>(project, {wq, d, d, w_stride}, u, n,
+                                  [&](int64_t r, int64_t o, float s) { q[r * d + o] = s; });
+        project.wait(pieces);
+        write.run(n * n_kv, [&](int64_t i) {
+            const int64_t r = i / n_kv, j = i % n_kv, angle = r % rope_rows * (hd / 2);
+            const int64_t at = row[r] * row_stride + j * head_stride + position[r] * hd;
+            if (position[r] < 0) return;
+            float *kj = k + r * d_kv + j * hd, *vj = v + r * d_kv + j * hd;
+            place(kj, cos + angle, sin + angle, hd, eps, 1);
+            if (gate) {
+                float s = 0;
+                for (int64_t i = 0; i < gate_in; i++) s += widen(gate[j * gate_in + i]) * widen(u[r * padded(d) + i]);
+                const float g = 2 / (1 + std::exp(-s * std::sqrt(d / d_ref)));
+                for (int64_t i = 0; i < hd; i++) vj[i] += g * widen(value[r * value_stride + j * hd + i]);
             }
+            for (int64_t i = 0; i < hd; i++) put(keys + at + i, kj[i]), put(values + at + i, vj[i]);
+        });
         if (!write_only) {
-#pragma omp for collapse(2) schedule(dynamic)
-            for (int64_t r = 0; r < n; r++)
-                for (int64_t h = 0; h < n_head; h++) {
-                    float* qh = q + r * d + h * hd;
-                    float* yh = scratch<float>(6, hd);
-                    std::fill(yh, yh + hd, 0.0f);
-                    if (position[r] >= 0) {
-                        const int64_t angle = r % rope_rows * (hd / 2), at = row[r] * row_stride + h / group * head_stride;
-                        place(qh, cos + angle, sin + angle, hd, eps, 1 / std::sqrt(float(hd)));
-                        attend(qh, keys + at, values + at, heads ? heads + row[r] * length : nullptr, h, position[r] + 1, hd, yh);
-                    }
-                    for (int64_t i = 0; i < hd; i++) put_input<P>(y + r * padded(d) + h * hd + i, yh[i]);
+            write.wait(n * n_kv);
+            read.run(n * n_head, [&](int64_t i) {
+                const int64_t r = i / n_head, h = i % n_head, angle = r % rope_rows * (hd / 2);
+                const int64_t at = row[r] * row_stride + h / group * head_stride;
+                float *qh = q + r * d + h * hd, *yh = scratch<float>(6, hd);
+                std::fill(yh, yh + hd, 0.0f);
+                if (position[r] >= 0) {
+                    place(qh, cos + angle, sin + angle, hd, eps, 1 / std::sqrt(float(hd)));
+                    const int16_t* have = heads ? heads + row[r] * length : nullptr;
+                    attend(qh, keys + at, values + at, have, h, position[r] + 1, hd, yh);
                 }
-            multiply<P>({wo, d, d, w_stride}, y, n, [&](int64_t r, int64_t o, float s) { put(out + r * d + o, s); });
+                for (int64_t i = 0; i < hd; i++) put_input<P>(y + r * padded(d) + h * hd + i, yh[i]);
+            });
+            read.wait(n * n_head);
+            multiply<P>(back, {wo, d, d, w_stride}, y, n,
+                        [&](int64_t r, int64_t o, float s) { put(out + r * d + o, s); });
         }
     }
 }
@@ -303,8 +339,9 @@ void norm(const T* x, T* out, int64_t n, int64_t d, float d_ref, float eps) {
 template <class P, class T = typename P::Stored>
 void linear(const T* x, const T* w, T* out, int64_t n, int64_t k, int64_t rows, int64_t x_stride, int64_t w_stride) {
     const auto* u = inputs<P>(1, x, x_stride, n, k, 0, 0);
+    Phase phase;
 #pragma omp parallel
-    multiply<P>({w, rows, k, w_stride}, u, n, [&](int64_t r, int64_t o, float s) { put(out + r * rows + o, s); });
+    multiply<P>(phase, {w, rows, k, w_stride}, u, n, [&](int64_t r, int64_t o, float s) { put(out + r * rows + o, s); });
 }
 
 template <class P, class T = typename P::Stored>
@@ -312,14 +349,15 @@ void mlp(const T* x, const T* fc, const T* proj, T* out, int64_t n, int64_t d, i
          int64_t fc_stride, int64_t proj_stride, float d_ref, float eps) {
     const auto* u = inputs<P>(1, x, x_stride, n, d, d_ref, eps);
     auto* y = scratch<typename P::Input>(2, n * padded(hidden));
+    Phase up, down;
 #pragma omp parallel
     {
-        multiply<P>({fc, hidden, d, fc_stride}, u, n, [&](int64_t r, int64_t o, float s) {
+        up.wait(multiply<P>(up, {fc, hidden, d, fc_stride}, u, n, [&](int64_t r, int64_t o, float s) {
             s = std::max(s, 0.0f);
             put_input<P>(y + r * padded(hidden) + o, s * s);
-        });
-#pragma omp barrier
-        multiply<P>({proj, d, hidden, proj_stride}, y, n, [&](int64_t r, int64_t o, float s) { put(out + r * d + o, s); });
+        }));
+        multiply<P>(down, {proj, d, hidden, proj_stride}, y, n,
+                    [&](int64_t r, int64_t o, float s) { put(out + r * d + o, s); });
     }
 }
 
@@ -335,68 +373,65 @@ void mamba(const T* x, const T* in_proj, const T* out_proj, T* out, T* projected
     const auto* u = inputs<P>(1, x, x_stride, n, d_model, 0, 0);
     auto* normed = scratch<typename P::Input>(2, n * padded(d_inner));
     float *act = scratch<float>(3, n * channels), *y = scratch<float>(4, n * d_inner);
+    Phase project, convolve, scan, norm, back;
 #pragma omp parallel
     {
-        multiply<P>({in_proj, width, d_model, d_model}, u, n, [&](int64_t r, int64_t o, float s) {
-            put(projected + r * width + o, s);
-        });
-#pragma omp barrier
+        project.wait(multiply<P>(project, {in_proj, width, d_model, d_model}, u, n,
+                                 [&](int64_t r, int64_t o, float s) { put(projected + r * width + o, s); }));
         // the conv's window moves on by one input; its silu
-#pragma omp for collapse(2)
-        for (int64_t r = 0; r < n; r++)
-            for (int64_t c = 0; c < pieces; c++) {
-                const int64_t from = c * piece, to = std::min(from + piece, channels);
-                T* window = conv_state + r * conv_stride;
-                float* a = act + r * channels;
-                std::copy(conv_b + from, conv_b + to, a + from);
-                for (int64_t j = 0; j < K; j++) {
-                    T* w = window + j * channels;
-                    const T* next = j + 1 < K ? w + channels : projected + r * width + z;
-                    for (int64_t i = from; i < to; i++) {
-                        w[i] = next[i];
-                        a[i] += widen(w[i]) * conv_w[i * K + j];
-                    }
+        convolve.run(n * pieces, [&](int64_t i) {
+            const int64_t r = i / pieces, from = i % pieces * piece, to = std::min(from + piece, channels);
+            T* window = conv_state + r * conv_stride;
+            float* a = act + r * channels;
+            std::copy(conv_b + from, conv_b + to, a + from);
+            for (int64_t j = 0; j < K; j++) {
+                T* w = window + j * channels;
+                const T* next = j + 1 < K ? w + channels : projected + r * width + z;
+                for (int64_t c = from; c < to; c++) {
+                    w[c] = next[c];
+                    a[c] += widen(w[c]) * conv_w[c * K + j];
                 }
-                map(to - from, a + from, a + from, [](vec v, int64_t) { return silu(v); });
             }
+            map(to - from, a + from, a + from, [](vec v, int64_t) { return silu(v); });
+        });
+        convolve.wait(n * pieces);
         // per head: S = decay S + dt x B^T, y = (S C + D x) silu(z)
-#pragma omp for collapse(2)
-        for (int64_t r = 0; r < n; r++)
-            for (int64_t h = 0; h < H; h++) {
-                const T* own = projected + r * width;
-                const float *xh = act + r * channels + h * headdim, *B = act + r * channels + d_inner + h * G / H * N, *C = B + G * N;
-                const float raw = widen(own[z + channels + h]) + dt_bias[h];
-                const float dt = raw > 20 ? raw : std::log1p(std::exp(raw)), decay = std::exp(-dt * std::exp(A_log[h]));
-                float* yh = y + r * d_inner + h * headdim;
-                for (int64_t p = 0; p < headdim; p++) {
-                    float* S = ssm_state + r * ssm_stride + (h * headdim + p) * N;
-                    const float in = dt * xh[p];
-                    vec s = {};
-                    map(N, S, S, [&](vec v, int64_t i) {
-                        const bool whole = i + LANES <= N;
-                        v = v * decay + in * (whole ? load(B + i) : load_part(B + i, N - i));
-                        s += v * (whole ? load(C + i) : load_part(C + i, N - i));
-                        return v;
-                    });
-                    yh[p] = sum(s) + D[h] * xh[p];
-                }
-                if (!write_only)
-                    map(headdim, own + h * headdim, yh, [&, yh](vec v, int64_t i) {
-                        return silu(v) * (i + LANES <= headdim ? load(yh + i) : load_part(yh + i, headdim - i));
-                    });
+        scan.run(n * H, [&](int64_t i) {
+            const int64_t r = i / H, h = i % H;
+            const T* own = projected + r * width;
+            const float *a = act + r * channels, *xh = a + h * headdim, *B = a + d_inner + h * G / H * N, *C = B + G * N;
+            const float raw = widen(own[z + channels + h]) + dt_bias[h];
+            const float dt = raw > 20 ? raw : std::log1p(std::exp(raw)), decay = std::exp(-dt * std::exp(A_log[h]));
+            float* yh = y + r * d_inner + h * headdim;
+            for (int64_t p = 0; p < headdim; p++) {
+                float* S = ssm_state + r * ssm_stride + (h * headdim + p) * N;
+                const float in = dt * xh[p];
+                vec s = {};
+                map(N, S, S, [&](vec v, int64_t i) {
+                    const bool whole = i + LANES <= N;
+                    v = v * decay + in * (whole ? load(B + i) : load_part(B + i, N - i));
+                    s += v * (whole ? load(C + i) : load_part(C + i, N - i));
+                    return v;
+                });
+                yh[p] = sum(s) + D[h] * xh[p];
             }
+            if (!write_only)
+                map(headdim, own + h * headdim, yh, [&](vec v, int64_t i) {
+                    return silu(v) * (i + LANES <= headdim ? load(yh + i) : load_part(yh + i, headdim - i));
+                });
+        });
         if (!write_only) {
-#pragma omp for collapse(2)
-            for (int64_t r = 0; r < n; r++)
-                for (int64_t g = 0; g < G; g++) {
-                    const float *v = y + r * d_inner + g * group, *w = norm_w + g * group;
-                    const float scale = 1 / std::sqrt(dot(group, v, v) / group + eps);
-                    for (int64_t i = 0; i < group; i++)
-                        put_input<P>(normed + r * padded(d_inner) + g * group + i, v[i] * scale * w[i]);
-                }
-            multiply<P>({out_proj, d_model, d_inner, d_inner}, normed, n, [&](int64_t r, int64_t o, float s) {
-                put(out + r * d_model + o, s);
+            scan.wait(n * H);
+            norm.run(n * G, [&](int64_t i) {
+                const int64_t r = i / G, g = i % G;
+                const float *v = y + r * d_inner + g * group, *w = norm_w + g * group;
+                const float scale = 1 / std::sqrt(dot(group, v, v) / group + eps);
+                for (int64_t c = 0; c < group; c++)
+                    put_input<P>(normed + r * padded(d_inner) + g * group + c, v[c] * scale * w[c]);
             });
+            norm.wait(n * G);
+            multiply<P>(back, {out_proj, d_model, d_inner, d_inner}, normed, n,
+                        [&](int64_t r, int64_t o, float s) { put(out + r * d_model + o, s); });
         }
     }
 }
