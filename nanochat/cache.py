@@ -21,7 +21,8 @@ class Chunk:
     """
     def __init__(self, starts: list[int], T: int, lengths: list[int] | None, device):
         self.ends = [p + n for p, n in zip(starts, lengths or [T] * len(starts))]
-        self.slots, self.lengths, self.mask, self.device = None, None, None, device
+        self.rows, self.T, self.device = len(starts), T, device
+        self.slots, self.lengths, self.mask, self._places = None, None, None, None
         if lengths is None and len(set(starts)) == 1:
             self.start, self.stop = starts[0], self.ends[0]
             self.positions = torch.arange(self.start, self.stop, device=device)
@@ -36,12 +37,29 @@ class Chunk:
         if lengths is not None:
             self.lengths = torch.tensor(lengths, device=device)
         row, t = (self.positions < torch.tensor(self.ends, device=device)[:, None]).nonzero(as_tuple=True)
-        self.slots = row, t, self.positions[row, t]
+        self.slots = row, t, self.positions[row, t]  # of the valid tokens
 
     def causal(self) -> torch.Tensor:
         """(1 or B, 1, T, positions) bool: a token sees the positions up to its own."""
         seen = torch.arange(self.stop, device=self.device) <= self.positions.unsqueeze(-1)
         return seen[None, None] if seen.dim() == 2 else seen[:, None]
+
+    def rope(self, tables: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of the rotary tables of all positions that belong to these tokens."""
+        if self.positions.dim() == 1:
+            return tuple(t[self.start:self.stop] for t in tables)
+        at = self.positions.clamp(max=len(tables[0]) - 1)  # of padding, which may stand beyond the end
+        return tuple(t[at] for t in tables)
+
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and position of each token, two int64 (B * T,); the position of padding is -1."""
+        if self._places is None:
+            position = self.positions.expand(self.rows, self.T).contiguous().view(-1)
+            if self.slots is not None:
+                row, t, s = self.slots
+                position = torch.full_like(position, -1).index_copy_(0, row * self.T + t, s)
+            self._places = torch.arange(self.rows, device=self.device).repeat_interleave(self.T), position
+        return self._places
 
 
 class KVView:
@@ -51,24 +69,29 @@ class KVView:
         self.width = None   # query heads of every position so far, while that is one number
         self.heads = None   # (rows, length) int16 once it is not
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, heads: int | torch.Tensor) -> None:
-        """k, v (B, h, T, head_dim) of the tokens announced by `begin`; heads: query heads they have, int or (B, T)."""
-        o, h, T = self.owner.chunk, k.size(1), k.size(2)
+    def mark(self, heads: int | torch.Tensor) -> None:
+        """Says how many query heads the tokens announced by `begin` have: an int, or (B, T)."""
+        o = self.owner.chunk
         if self.heads is None:
             if isinstance(heads, int) and self.width in (None, heads):
                 self.width = heads
-            else:
-                self._differ()
+                return
+            self._differ()
         if o.slots is None:
-            at = slice(o.start, o.start + T)
-            self.k[:, :h, at], self.v[:, :h, at] = k, v
-            if self.heads is not None:
-                self.heads[:, at] = heads if isinstance(heads, int) else heads.to(self.heads)
+            self.heads[:, o.start:o.stop] = heads if isinstance(heads, int) else heads.to(self.heads)
         else:
-            row, t, s = o.slots  # of the valid tokens
+            row, t, s = o.slots
+            self.heads[row, s] = heads if isinstance(heads, int) else heads.to(self.heads)[row, t]
+
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v (B, h, T, head_dim) of those tokens, for the first h heads."""
+        o, h = self.owner.chunk, k.size(1)
+        if o.slots is None:
+            at = slice(o.start, o.stop)
+            self.k[:, :h, at], self.v[:, :h, at] = k, v
+        else:
+            row, t, s = o.slots
             self.k[row, :h, s], self.v[row, :h, s] = k[row, :, t], v[row, :, t]
-            if self.heads is not None:
-                self.heads[row, s] = heads if isinstance(heads, int) else heads.to(self.heads)[row, t]
 
     def read(self, n_kv: int, n_head: int):
         """
@@ -77,7 +100,7 @@ class KVView:
         """
         o = self.owner.chunk
         k, v = self.k[:, :n_kv, :o.stop], self.v[:, :n_kv, :o.stop]
-        if self.heads is None or bool((self.heads[:, :o.stop] >= n_head).all()):
+        if self.heads is None:
             return k, v, o.mask, o.is_causal
         have = self.heads[:, None, :o.stop] > torch.arange(n_head, device=k.device)[:, None]  # (B, n_head, positions)
         return k, v, have.unsqueeze(2) & o.causal(), False
@@ -94,8 +117,16 @@ class KVView:
     def rollback(self, block, keep: torch.Tensor) -> None:
         """Likewise."""
 
-    def keep(self, rows: torch.Tensor) -> None:
-        self.k, self.v = self.k[rows], self.v[rows]
+    def keep(self, rows: list[int]) -> None:
+        if rows == sorted(set(rows)):  # rows move to the front of their own memory, and only what they hold
+            used = max((self.owner.pos[r] for r in rows), default=0)
+            for to, r in enumerate(rows):
+                if to != r:
+                    for t in (self.k, self.v):
+                        t[to, :, :used] = t[r, :, :used]
+            self.k, self.v = self.k[:len(rows)], self.v[:len(rows)]
+        else:
+            self.k, self.v = self.k[rows], self.v[rows]
         self.heads = None if self.heads is None else self.heads[rows]
 
     def append(self, other: "KVView") -> None:
@@ -127,7 +158,7 @@ class MambaView:
     def rollback(self, block, keep: torch.Tensor) -> None:
         block.mamba.rollback(self.state, keep)
 
-    def keep(self, rows: torch.Tensor) -> None:
+    def keep(self, rows: list[int]) -> None:
         self.state = self.state[rows]
 
     def append(self, other: "MambaView") -> None:
@@ -155,6 +186,7 @@ class MatryoshkaKVCache:
         self.blocks, self.views, self._saved_pos = model.transformer.h, [], None
         self.chunk, self.behind = None, [0] * c.n_block
         self._late = []  # (tokens, states, levels) of the last steps, oldest first
+        self._rope = rope_tables(torch.arange(length, device=device), c.head_dim, c.rope_base)
         for block in model.transformer.h:
             if block.kind == "attention":
                 shape = (batch, block.attn.n_kv(c.top_width), length, c.head_dim)
@@ -166,10 +198,11 @@ class MatryoshkaKVCache:
     def __getitem__(self, i: int):
         return self.views[i]
 
-    def begin(self, T: int, lengths: list[int] | None = None) -> torch.Tensor:
+    def begin(self, T: int, lengths: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Announces a chunk of T tokens a row, of which only the first lengths[r] are valid (all, if None), and returns
-        their positions, (T,) where all rows stand at the same, else (B, T). The model calls it, then `advance`.
+        the rotary tables of their positions (see rope_tables): (T, head_dim / 2) where all rows stand at the same, else
+        (B, T, head_dim / 2). The model calls it, then `advance`.
         ValueError when a row would not fit.
         """
         if lengths is not None and (len(lengths) != len(self.pos) or not 0 <= min(lengths) <= max(lengths) <= T):
@@ -179,7 +212,7 @@ class MatryoshkaKVCache:
             raise ValueError(f"{max(ends)} tokens do not fit the cache of {self.length}: allocate a longer one, or "
                              "give a shorter prompt")
         self.chunk = Chunk(self.pos, T, lengths, self.device)
-        return self.chunk.positions.clamp(max=self.length - 1)
+        return self.chunk.rope(self._rope)
 
     def advance(self) -> None:
         """The announced tokens have been written by every block."""
@@ -207,10 +240,8 @@ class MatryoshkaKVCache:
             level = levels[0]
         else:
             level = torch.cat([torch.as_tensor(d).expand(entry[0].shape) for d, entry in zip(levels, self._late)], 1)[:, n:]
-        c, now = self.model.config, self.chunk
-        self.chunk = Chunk([p - late for p in self.pos], late, None, self.device)
-        rope = rope_tables(self.chunk.positions, c.head_dim, c.rope_base)
-        self.blocks[i](x, level, rope, self.model.value(i, idx), self.views[i], active=False)
+        now, self.chunk = self.chunk, Chunk([p - late for p in self.pos], late, None, self.device)
+        self.blocks[i](x, level, self.chunk.rope(self._rope), self.model.value(i, idx), self.views[i], active=False)
         self.chunk, self.behind[i] = now, 0
 
     def settle(self) -> None:
@@ -246,10 +277,9 @@ class MatryoshkaKVCache:
 
     def keep(self, rows: list[int]) -> None:
         """Keeps these rows, in this order; the others are gone. A checkpoint is dropped."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.device)
         for view in self.views:
-            view.keep(index)
-        self._late = [(idx[index], x[index], [d if isinstance(d, int) or len(d) == 1 else d[rows] for d in levels])
+            view.keep(rows)
+        self._late = [(idx[rows], x[rows], [d if isinstance(d, int) or len(d) == 1 else d[rows] for d in levels])
                       for idx, x, levels in self._late]
         self.pos, self._saved_pos = [self.pos[r] for r in rows], None
 

@@ -159,7 +159,8 @@ class GPT(nn.Module):
             for level in widths.unique().tolist():
                 resolve_level(level, modes, levels)
             each = (widths if widths.dim() == 3 else widths[:, None]).unbind(-1)
-            return [int(w.flatten()[0]) if bool((w == w.flatten()[0]).all()) else w for w in each]
+            least, most = (w.tolist() for w in widths.flatten(0, -2).aminmax(dim=0))
+            return [low if low == high else w for low, high, w in zip(least, most, each)]
         if len(widths) != n:
             raise ValueError(f"{len(widths)} widths were given for {n} blocks")
         return [w if isinstance(w, torch.Tensor) else resolve_level(w, modes, levels) for w in widths]
@@ -176,12 +177,11 @@ class GPT(nn.Module):
         """
         c, (B, T) = self.config, idx.shape
         if cache is not None:
-            positions = cache.begin(T, lengths)
+            rope = cache.begin(T, lengths)
         elif T > c.sequence_len:
             raise ValueError(f"{T} tokens do not fit the model's context of {c.sequence_len}: give a shorter text")
         else:
-            positions = torch.arange(T, device=idx.device)
-        rope = rope_tables(positions, c.head_dim, c.rope_base)
+            rope = rope_tables(torch.arange(T, device=idx.device), c.head_dim, c.rope_base)
         if exits is not None and (exits.shape != idx.shape or exits.min() < 1):
             raise ValueError(f"exits must be (rows, tokens) = ({B}, {T}) and at least 1")
         if control is not None and exits is None:
@@ -204,7 +204,7 @@ class GPT(nn.Module):
                 cache.catch_up(i)
             level = levels[i]
             if isinstance(level, torch.Tensor) and not level.is_floating_point():
-                level = level.expand(B, T)
+                level = int(level) if B * T == 1 else level.expand(B, T)
             x = block(x, level, rope, self.value(i, idx), cache[i] if cache is not None else None, active)
         if cache is not None:
             cache.advance()

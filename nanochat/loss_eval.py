@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from nanochat.confidence_probe import Controls, gumbel_choice, level_shares, predict
-from nanochat.matryoshka import cost_table, energy, expand_from, norm, sample_exits, sample_levels, soft_masks
+from nanochat.matryoshka import cost_table, energy, expand_from, norm, sample_exits, sample_levels, sliced_linear, soft_masks
 
 CHUNK = 256  # tokens; their fp32 logits for 8192 classes are 8 MB, which stays in a CPU's last-level cache
 
@@ -22,7 +22,7 @@ CHUNK = 256  # tokens; their fp32 logits for 8192 classes are 8 MB, which stays 
 def head_logits(h: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
     """h (..., D), weight (V, D) -> softcap * tanh(h weight^T / softcap), (..., V), fp32."""
     wide = torch.promote_types(h.dtype, torch.float32)
-    return torch.tanh((h @ weight.to(h.dtype).T).to(wide) / softcap) * softcap
+    return torch.tanh(sliced_linear(h, weight, len(weight)).to(wide) / softcap) * softcap
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat import cpu_decode
 from nanochat import mamba_kernels as kernels
 from nanochat.common import print0
 from nanochat.mamba_kernels import NORM_EPS, ssd  # noqa: F401  (ssd is part of this module's interface)
@@ -40,7 +41,6 @@ class MambaState:
         self._saved = None      # the states at the checkpoint
         self._window = 0
         self._record = None     # list of (xBC (B,T,conv_dim), dt (B,T,nheads), lengths or None) since the checkpoint
-        self._scratch = {}      # decode's buffers
 
     @property
     def batch(self) -> int:
@@ -97,17 +97,6 @@ class MambaState:
         if self._record is not None and self.recorded + T > self._window:
             raise ValueError(f"{self.recorded} + {T} tokens since the checkpoint exceed its window of {self._window}: "
                              "take a new checkpoint() first, or drop_checkpoint()")
-
-    def _buffer(self, name: str, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """A buffer that decode reuses from token to token; a fresh tensor while torch.compile traces."""
-        device = self.ssm_state.device
-        if torch.compiler.is_compiling():
-            return torch.empty(shape, dtype=dtype, device=device)
-        key = name, shape, dtype
-        if key not in self._scratch:
-            with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode later
-                self._scratch[key] = torch.empty(shape, dtype=dtype, device=device)
-        return self._scratch[key]
 
 
 # Modules that allocate and nothing else: init_weights alone initialises.
@@ -360,62 +349,39 @@ class Mamba2(nn.Module):
             state._record.append((xBC.clone(), dt_raw.clone(), None if lengths is None else lengths.clone()))
 
     def _step(self, u, state, write_only):
-        """forward for one token without gradients: every temporary lives in the state's buffers."""
-        b, skip = u.size(0), self.d_inner if write_only else 0
-        K, G, N, P, dtype = self.d_conv, self.ngroups, self.d_state, self.headdim, u.dtype
-        acc = torch.promote_types(dtype, torch.float32)
-
-        def buffer(name, *shape, dtype=acc):
-            return state._buffer(name, *shape, dtype=dtype)
-
-        # oneDNN's bf16 product of one row is slower than of two (59 MB of weights: 3.9 against 2.4 ms), so it gets two.
-        rows = 2 if b == 1 and dtype == torch.bfloat16 and u.device.type == "cpu" else b
-        W = self.in_proj.weight[skip:].to(dtype)
-        u = buffer("u", rows, self.d_model, dtype=dtype).copy_(u.reshape(b, -1))
-        zxbcdt = torch.mm(u, W.t(), out=buffer("zxbcdt", rows, W.size(0), dtype=dtype))[:b]
-        xBC, dt_raw = zxbcdt[:, self.d_inner - skip:-self.nheads], zxbcdt[:, -self.nheads:]
-        if state._record is not None:
-            state._record.append((xBC[:, None].clone(), dt_raw[:, None].clone(), None))
-        dt = buffer("dt", b, self.nheads).copy_(dt_raw).add_(self.dt_bias)
-        torch.ops.aten.softplus.out(dt, out=dt)
+        """forward for one token without gradients: (B,1,d_model) -> the same or None."""
+        conv, S, G, dtype = state.conv_state, state.ssm_state, self.ngroups, u.dtype
+        fp32 = self.A_log.dtype == self.conv1d.weight.dtype == torch.float32  # FP32_PARAMS were not cast with the rest
+        if fp32 and conv.stride(1) == 1 and cpu_decode.serves(u, self.in_proj.weight, self.out_proj.weight):
+            y, projected = cpu_decode.mamba(self, u, conv, S, write_only, NORM_EPS)
+            self._record_step(state, projected)
+            return y
+        W = self.in_proj.weight[self.d_inner if write_only else 0:]
+        projected = F.linear(u[:, 0], W.to(dtype))
+        xBC, dt_raw = projected[:, -self.conv_dim - self.nheads:-self.nheads], projected[:, -self.nheads:]
+        dt = F.softplus(dt_raw.to(S.dtype) + self.dt_bias)
         if self._on_kernels(u):
-            y = kernels.cuda_step(xBC, dt, self.A_log, self.D, self.conv1d.weight.squeeze(1), self.conv1d.bias,
-                                  state.conv_state, state.ssm_state, G)
+            y = kernels.cuda_step(xBC, dt, self.A_log, self.D, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv, S, G)
         else:
-            window = state.conv_state.mT                                        # (b,K,conv_dim)
-            for j in range(K - 1):
-                window[:, j].copy_(window[:, j + 1])
-            window[:, -1].copy_(xBC)
-            taps = buffer("taps", b, K, self.conv_dim).copy_(window).mul_(self.conv1d.weight.squeeze(1).t())
-            act = torch.add(taps[:, 0], self.conv1d.bias, out=buffer("act", b, self.conv_dim))
-            for j in range(1, K):  # torch.sum over four rows takes ten times as long
-                act.add_(taps[:, j])
-            F.silu(act, inplace=True)
-            x, B, C = act.split([self.d_inner, G * N, G * N], -1)
-            x = x.view(b, self.nheads, P)
-            S = state.ssm_state
-            A = torch.exp(self.A_log, out=buffer("A", self.nheads)).neg_()
-            S.mul_(torch.mul(dt, A, out=buffer("decay", b, self.nheads)).exp_()[..., None, None])
-            Xt = torch.mul(x, dt.unsqueeze(-1), out=buffer("Xt", b, self.nheads, P))
-            # heads of a group in one: (b,G,RP,N) += (b,G,RP,1) * (b,G,1,N)
-            S.view(b, G, -1, N).addcmul_(Xt.view(b, G, -1, 1), B.view(b, G, 1, N))
-            if write_only:
-                return None
-            C = buffer("C", b, G, N).copy_(C.view(b, G, N)).view(b * G, 1, N)
-            # the row times the matrix: four times faster here than the matrix times the column
-            y = torch.bmm(C, S.view(b * G, -1, N).mT, out=buffer("y", b * G, 1, self.d_inner // G))
-            y = y.view(b, self.nheads, P).addcmul_(x, self.D.unsqueeze(-1))
+            conv.copy_(torch.cat([conv[..., 1:], xBC.unsqueeze(-1)], -1))
+            act = F.silu((conv * self.conv1d.weight.squeeze(1)).sum(-1) + self.conv1d.bias)
+            x, B, C = act.split([self.d_inner, G * self.d_state, G * self.d_state], -1)
+            x = x.view(len(u), self.nheads, -1)                                 # (B,H,P)
+            S.mul_(torch.exp(dt * -self.A_log.exp())[..., None, None])
+            # the heads of a group in one: (B,G,RP,N) += (B,G,RP,1) * (B,G,1,N)
+            heads, B, C = S.view(len(u), G, -1, self.d_state), B.view(len(u), G, 1, -1), C.view(len(u), G, 1, -1)
+            heads.addcmul_((x * dt.unsqueeze(-1)).view(len(u), G, -1, 1), B.to(S.dtype))
+            y = (C.to(S.dtype) @ heads.mT).view_as(x) + x * self.D.unsqueeze(-1)
+        self._record_step(state, projected)
         if write_only:
             return None
-        y = y.view(b, G, -1)
-        gate = buffer("gate", b, self.d_inner).copy_(zxbcdt[:, :self.d_inner])
-        y.mul_(F.silu(gate, inplace=True).view(b, G, -1))
-        square = torch.mul(y, y, out=buffer("square", b, G, self.d_inner // G))
-        total = torch.sum(square, -1, keepdim=True, out=buffer("total", b, G, 1))
-        r = buffer("r", b, G, 1).fill_(NORM_EPS).add_(total, alpha=G / self.d_inner).rsqrt_()
-        y = y.mul_(r).view(b, self.d_inner).mul_(self.norm.weight)
-        y = buffer("normed", rows, self.d_inner, dtype=dtype).copy_(y)
-        return torch.mm(y, self.out_proj.weight.t().to(dtype))[:b].unsqueeze(1)
+        y = self.norm(y.view(len(u), self.d_inner), projected[:, :self.d_inner]).to(dtype)
+        return F.linear(y, self.out_proj.weight.to(dtype)).unsqueeze(1)
+
+    def _record_step(self, state, projected):
+        if state._record is not None:
+            xBC_dt = projected[:, None, -self.conv_dim - self.nheads:].clone()
+            state._record.append((*xBC_dt.split([self.conv_dim, self.nheads], -1), None))
 
     @torch.no_grad()
     def rollback(self, state: MambaState, keep: int | torch.Tensor) -> None:

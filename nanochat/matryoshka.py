@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from nanochat import cpu_decode
 from nanochat.cpu_attention import causal_attention
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,12 +119,43 @@ def norm(x: torch.Tensor, d_ref: int, eps: float) -> torch.Tensor:
     length d_ref this is RMSNorm. Dividing by d_ref and not by the length gives a slice x[..., :d] the length of the
     whole vector (pre-activations keep their scale at every width) and lets zero dims be appended without any change.
     """
+    if cpu_decode.serves(x):
+        return cpu_decode.norm(x, d_ref, eps)
     return _Norm.apply(x, d_ref, eps)
+
+
+class _CornerLinear(torch.autograd.Function):
+    """
+    Written out because autograd's backward of a slice fills a whole matrix with zeros and copies into it, once for each
+    of the two slicings and also where they cut nothing, and so costs a narrow pass as much as a wide one.
+    """
+    @staticmethod
+    def forward(ctx, x, weight, d_out):
+        w = weight[:d_out, :x.size(-1)].to(x.dtype)
+        ctx.save_for_backward(x, w)
+        ctx.whole = weight.shape, weight.dtype
+        return F.linear(x, w)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (x, w), (shape, dtype) = ctx.saved_tensors, ctx.whole
+        dx = g @ w if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
+        corner = g.flatten(0, -2).mT @ x.flatten(0, -2)
+        if corner.shape == shape:
+            return dx, corner.to(dtype), None
+        dw = w.new_zeros(shape, dtype=dtype)
+        dw[:w.size(0), :w.size(1)] = corner
+        return dx, dw, None
 
 
 def sliced_linear(x: torch.Tensor, weight: torch.Tensor, d_out: int) -> torch.Tensor:
     """x (..., d_in) times the leading corner weight[:d_out, :d_in]^T, in the dtype of x -> (..., d_out)."""
-    return F.linear(x, weight[:d_out, :x.size(-1)].to(x.dtype))
+    if cpu_decode.serves(x, weight):
+        return cpu_decode.linear(x, weight[:d_out, :x.size(-1)])
+    return _CornerLinear.apply(x, weight, d_out)
 
 
 def add_prefix(x: torch.Tensor, y: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
@@ -232,6 +264,11 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         hd = self.head_dim
         level, mask = split_level(level, self.c_q.out_features)
+        heads = level // hd  # query heads that a position has: an int, or (B, T)
+        if cache is not None:
+            cache.mark(heads)
+            if isinstance(level, int) and mask is None and cpu_decode.serves(x, self.c_q.weight):
+                return cpu_decode.attention(self, x, level, rope, value, cache, write_only)
         if mask is not None:
             x = x[..., :level] * mask
         u = per_level(level, lambda d, x: norm(x[..., :d], self.d_ref, self.eps), x)
@@ -243,9 +280,8 @@ class Attention(nn.Module):
             v = self._values(level, u, value, mask).view(B, T, -1, hd) * mask.unflatten(-1, (-1, hd))[:, :, ::self.group]
         k = norm(apply_rope(k, rope), hd, self.eps)
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, kv heads, T, head_dim)
-        heads = level // hd  # query heads that a position has: an int, or (B, T)
         if cache is not None:
-            cache.write(k, v, heads)
+            cache.write(k, v)
         if write_only:
             return None
         q = per_level(level, self._queries, u).view(B, T, -1, hd)
@@ -276,6 +312,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * D, D, bias=False)
 
     def _update(self, d, x, mask=None):
+        if mask is None and cpu_decode.serves(x, self.c_fc.weight):
+            return cpu_decode.mlp(x, self.c_fc.weight, self.c_proj.weight, d, self.d_ref, self.eps)
         u = norm(x[..., :d], self.d_ref, self.eps)
         hidden = F.relu(sliced_linear(u, self.c_fc.weight, 4 * d)).square()
         if mask is not None:
