@@ -84,6 +84,37 @@ def test_the_whole_pipeline(home, cwd, capsys):
     assert again["modes"]["normal"]["bpb"] == pytest.approx(modes["normal"]["bpb"], rel=1e-6)
 
 
+def test_controls_are_trained_calibrated_and_used(home, cwd, capsys):
+    surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
+    hybrid, docs = str(cwd / "hybrid_checkpoints/d2_64"), ["--data", str(home / "docs")]
+    fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "-p", "x", "--mode", "auto"], "never trained", "--controls")
+    fails(capsys, fractal_eval.main, ["--checkpoint", hybrid, "--calibrate", *docs], "never trained", "--controls")
+    fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--controls", "--matryoshka", *docs, *SMALL],
+          "--controls trains nothing but the controls")
+    fractal_train.main(["--checkpoint", hybrid, "--controls", "--num-iterations", "3", *docs, *SMALL])
+    auto = cwd / "fractal_checkpoints/d2_64_auto"
+    before, after = (ckpt.load(p).model.state_dict() for p in (hybrid, auto))
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert {k.split(".")[0] for k in changed} == {"gate", "predictor"}
+
+    calibrate = ["--checkpoint", str(auto), "--calibrate", *docs, "--new-tokens", "4", "--device-batch-size", "4"]
+    fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "148"], "ask for at least 149")
+    fails(capsys, fractal_eval.main, [*calibrate, "--delta", "2"], "delta 2.0 is out of range")
+    fails(capsys, fractal_eval.main, [*calibrate, "--delta", "0.3", "--epsilon", "0.3", "--sequences", "99999"],
+          "the validation text ends after", "ask for fewer")
+    evidence = fractal_eval.main([*calibrate, "--delta", "0.3", "--epsilon", "0.3", "--sequences", "12"])
+    loaded = ckpt.load(auto)
+    assert loaded.info["calibration"] == json.loads(json.dumps(evidence)) and evidence["sequences"] == 12
+    assert loaded.model.config.exit_threshold == evidence["exit_threshold"]
+
+    capsys.readouterr()
+    chat_cli.main(["--checkpoint", str(auto), "-p", "Line 7", "--mode", "auto", "--max-tokens", "9", "--trace"])
+    out = capsys.readouterr()
+    assert "\x1b[38;5;" in out.out and "widths by block" in out.err and "FLOPs saved" in out.err
+    fails(capsys, chat_cli.main, ["--checkpoint", str(auto), "-p", "x", "--mode", "auto", "--budget", "1.5"], "out of range")
+    fails(capsys, chat_cli.main, ["--checkpoint", str(auto), "-p", "x", "--budget", "0.5"], "--mode auto only")
+
+
 def test_surgery_of_a_base_evaluates_the_same(home, cwd):
     surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
     a, b = (fractal_eval.main(["--checkpoint", str(cwd / p), "--data", str(home / "docs"), "--eval-tokens", "512"])
