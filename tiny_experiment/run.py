@@ -425,13 +425,19 @@ def run_seed(seed: int, s: Settings, folder: Path) -> dict:
     def between(model):
         first.update(examine_gate(Judge(model, encoder, instances), 1.0, []))
     model, history, control_history = (train_in_parallel if s.processes > 1 else train)(seed, s, between)
+    trained = time.perf_counter() - started
+    result = measure(model, encoder, seed, s, first, folder) | {"history": history, "control_history": control_history}
+    return result | {"seconds": {"training": trained, "all": time.perf_counter() - started}}
+
+
+def measure(model, encoder: Encoder, seed: int, s: Settings, first: dict, folder: Path) -> dict:
+    """Calibrates a trained model and measures it on held-out instances. first: examine_gate before the gate was trained."""
     c = model.config
     print0(f"  {model.num_params()['total']:,} parameters, levels {c.levels}, exits after {c.exit_points} of {c.n_block}")
+    instances = draw_many(seed, s.test, "test")
     test, swept = Judge(model, encoder, instances), Judge(model, encoder, instances[:s.swept])
     _, floor = level_shares(model)
     prepare_inference(model, "cpu", torch.float32)
-    trained = time.perf_counter() - started
-
     held_out = draw_many(seed, s.calibration, "calibration")
     budget, prices = pick_budget(Judge(model, encoder, held_out[:s.calibration // 4]), floor)
     calibration, losses = calibrate_answers(Judge(model, encoder, held_out[s.calibration // 4:]), budget, prices)
@@ -445,9 +451,8 @@ def run_seed(seed: int, s: Settings, folder: Path) -> dict:
     for name, options in {"full": {}, **{m: {"mode": m} for m in c.distinct_modes}, "adaptive": {"mode": "auto"}}.items():
         answers[name] = generate_all(engine, test, encoder, **options)
     gate = examine_gate(test, budget, prices)
-    result = {"seed": seed, "config": str(c), "history": history, "control_history": control_history, "budget": budget,
-              "calibration": calibration, "promise": promise, "gate_first": first, "gate": gate,
-              "exact_match": {}, "static": static_grid(swept), "curves": curves(swept, calibration)}
+    result = {"seed": seed, "config": str(c), "budget": budget, "calibration": calibration, "promise": promise,
+              "gate_first": first, "gate": gate, "exact_match": {}, "static": static_grid(swept), "curves": curves(swept, calibration)}
     for name, (texts, _) in answers.items():
         right = torch.tensor([a == i.answer for a, i in zip(texts, test.instances)]).float()
         result["exact_match"][name] = {"all": float(right.mean()),
@@ -474,8 +479,7 @@ def run_seed(seed: int, s: Settings, folder: Path) -> dict:
         "levels": {d: [statistics.mean(t.widths[b] for t, i in zip(traces, test.instances) if i.difficulty == d)
                        for b in range(c.n_block)] for d in DIFFICULTIES},
         "examples": examples(test, texts, traces),
-        "wall": wall_clock(engine, test, encoder, s.timed),
-        "seconds": {"training": trained, "all": time.perf_counter() - started}}
+        "wall": wall_clock(engine, test, encoder, s.timed)}
     return result
 
 
