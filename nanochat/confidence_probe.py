@@ -53,13 +53,15 @@ class LayerDimPredictor(nn.Module):
     """
     Also called difficulty estimator: from the embeddings of a prompt and a compute budget, a level for every block.
     Each token's features are pooled by mean and by maximum. Its parameters stay fp32; out is (n_block, n_levels, hidden) so
-    that growth appends levels behind the old ones.
+    that growth appends levels behind the old ones. The budget enters as bumps along (0, 1]: as a single number beside so
+    many features it was ignored (dev/LOG.md).
     """
+    BUMPS = 8
     def __init__(self, width: int, n_block: int, n_levels: int):
         super().__init__()
         hidden = min(256, max(64, width // 2))
         self.c_in = nn.Linear(width, hidden, bias=False)
-        self.c_mid = nn.Linear(2 * hidden + 2, hidden)
+        self.c_mid = nn.Linear(2 * hidden + 1 + self.BUMPS, hidden)
         self.out_weight = nn.Parameter(torch.empty(n_block, n_levels, hidden))
         self.out_bias = nn.Parameter(torch.empty(n_block, n_levels))
 
@@ -83,8 +85,9 @@ class LayerDimPredictor(nn.Module):
         count = on.sum(1)
         mean = (f * on).sum(1) / count
         top = f.masked_fill(~on, float("-inf")).amax(1)
-        facts = torch.stack((budget.float(), count[:, 0].float().log2() / 8), -1)
-        hidden = F.silu(self.c_mid(torch.cat((mean, top, facts), -1)))
+        centres = torch.arange(1, self.BUMPS + 1, device=e.device) / self.BUMPS
+        bumps = 4 * torch.exp(-((budget.float()[:, None] - centres) * self.BUMPS).square())
+        hidden = F.silu(self.c_mid(torch.cat((mean, top, count.float().log2() / 8, bumps), -1)))
         return torch.einsum("bh,nlh->bnl", hidden, self.out_weight) + self.out_bias
 
     def flops(self, tokens: int) -> int:
@@ -165,7 +168,7 @@ class Controls:
         going = exits > i if acts is None else (exits > i) & acts
         sure = self.score(i, x).cpu()
         leave = going & (sure > self.exit_threshold)
-        exits = torch.where(leave, i, exits)
+        exits = exits.masked_fill(leave, i)
         if 2 * i > self.model.config.n_block:
             up = (going & ~leave & (sure < self.expand_threshold)).cumsum(1)  # (B, T) how many levels up by now
             if bool(up.any()):

@@ -186,20 +186,23 @@ class GPT(nn.Module):
             raise ValueError(f"exits must be (rows, tokens) = ({B}, {T}) and at least 1")
         if control is not None and exits is None:
             exits = torch.full((B, T), c.n_block)
+        first, deepest = (c.n_block,) * 2 if exits is None else (int(n) for n in exits.aminmax())
         levels = self.resolve_widths(widths)
         x = norm(self.embed(self.transformer.wte, idx), c.d_ref, c.norm_eps)
         for i, block in enumerate(self.transformer.h):
-            if control is not None and i in c.exit_points and i < int(exits.max()):
+            if control is not None and i in c.exit_points and i < deepest:
                 exits, levels = control(i, x, exits, levels)
+                first, deepest = (int(n) for n in exits.aminmax())
             active = None
-            if exits is not None:
-                deepest = int(exits.max())
-                if i >= deepest and cache is None:
+            if i >= deepest:
+                if cache is None:
                     break  # nobody is left to be updated, and there is no memory to write
-                if i >= deepest and lengths is None:
+                if lengths is None:
                     cache.defer(i, idx, x, levels)
                     break
-                active = False if i >= deepest else None if i < int(exits.min()) else (exits > i).to(idx.device)
+                active = False
+            elif i >= first:
+                active = (exits > i).to(idx.device)
             if cache is not None:
                 cache.catch_up(i)
             level = levels[i]

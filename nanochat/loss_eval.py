@@ -17,6 +17,7 @@ from nanochat.confidence_probe import Controls, gumbel_choice, level_shares, pre
 from nanochat.matryoshka import cost_table, energy, expand_from, norm, sample_exits, sample_levels, sliced_linear, soft_masks
 
 CHUNK = 256  # tokens; their fp32 logits for 8192 classes are 8 MB, which stays in a CPU's last-level cache
+GATE_TOKENS = 128  # that the gate learns from in a pass (`python -m scripts.bench train` says what that costs)
 
 
 def head_logits(h: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
@@ -135,10 +136,10 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
                         gate_at: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """
     One training step's losses (DESIGN 8), backward included, each multiplied by `scale`: cross-entropy of the full
-    pass (the teacher), then for each student the KL of that narrow pass to the teacher's detached distribution, averaged
-    over the supervised tokens of all students. The teacher's graph is freed before a student's is built. gate_at: flat
-    indices into (B, T) of supervised tokens; the gate learns from the teacher pass at these. Returns the losses, detached:
-    'loss', 'kl', 'gate'.
+    pass (the teacher), then the KL of each student's narrow pass to the teacher's detached
+    distribution, averaged over the supervised tokens of all students. The teacher's graph is freed before a student's is
+    built. gate_at: flat indices into (B, T) of supervised tokens; the gate learns from the teacher pass at these. Returns
+    the losses, detached: 'loss', 'kl', 'gate'.
     """
     shadow = None if gate_at is None else Shadow(gate_at)
     loss, teacher = model(x, y, control=shadow)

@@ -2,6 +2,7 @@
 Speeds of the whole model, for scripts/bench.py: a base training step and decoding against the plain loop of
 scripts/plain_gpt.py, modes against the bytes they read, random-width training against its FLOPs.
 """
+import itertools
 import statistics
 import time
 
@@ -13,7 +14,7 @@ from nanochat.common import get_compute_dtype, has_native_bf16
 from nanochat.engine import prepare_inference
 from nanochat.gpt import GPTConfig
 from nanochat.hybrid_gpt import HybridConfig
-from nanochat.loss_eval import matryoshka_backward
+from nanochat.loss_eval import GATE_TOKENS, matryoshka_backward, sample_students
 from nanochat.matryoshka import sample_levels
 from nanochat.optim import Muon, setup_optimizers
 from scripts.bench_tools import machine, median_ratio, paired_times
@@ -168,7 +169,10 @@ def add_decode(parser) -> None:
 # --- train -----------------------------------------------------------------------------------------------------------
 
 def bench_train(args) -> dict:
-    """Random-level passes of a hybrid d512 x 8+8, 8 x 512 tokens, against full passes and what their FLOPs predict."""
+    """
+    Random-level passes of a hybrid d512 x 8+8, 8 x 512 tokens, against full passes and what their FLOPs predict; and what
+    the gate adds to a training step of a full and a sampled pass.
+    """
     model = make(HybridConfig.from_base(GPTConfig.from_depth(8, 8192, 512)))
     dtype = model.compute_dtype = get_compute_dtype("cpu")
     x, y = torch.randint(8192, (2, 8, 512))
@@ -190,8 +194,20 @@ def bench_train(args) -> dict:
     predicted = sum(flops["random"]) / sum(flops["full"])
     print(f"random-level passes take {measured:.2f} of a full pass, FLOPs predict {predicted:.2f}: "
           f"{measured / predicted:.2f}x; full pass {x.numel() / statistics.median(times['full']):,.0f} tok/s ({dtype})")
+    starts, at = torch.full((8,), 128), torch.randperm(x.numel())[:GATE_TOKENS]
+
+    def step(gate_at, draws):
+        generator = torch.Generator().manual_seed(next(draws))  # the same samples for both
+        students = sample_students(model.config, 8, 512, starts, generator)
+        matryoshka_backward(model, x, y, students, 1.0, gate_at)
+        model.zero_grad(set_to_none=True)
+    a, b = itertools.count(), itertools.count()
+    steps = paired_times({"with": lambda: step(at, a), "without": lambda: step(None, b)},
+                         max(3, args.rounds // 3))
+    gate = median_ratio(steps, "with", "without") - 1
+    print(f"the gate's shadow loss on {GATE_TOKENS} tokens adds {gate:.1%} to a training step")
     return {"machine": machine("cpu"), "random_level_time_over_flops": measured / predicted, "time_ratio": measured,
-            "flops_ratio": predicted, "full_tok_per_s": x.numel() / statistics.median(times["full"])}
+            "gate_share_of_step": gate, "flops_ratio": predicted, "full_tok_per_s": x.numel() / statistics.median(times["full"])}
 
 
 def add_train(parser) -> None:

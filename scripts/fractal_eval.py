@@ -124,7 +124,7 @@ def calibrate_checkpoint(args, model, tokenizer, info, file, data, device) -> di
     budget = 1.0 if args.budget is None else args.budget
     prepare_inference(model, device)
     ids, start = continuations(model, tokenizer, data, args.sequences, args.new_tokens, args.device_batch_size, device)
-    budgets = sorted({round(floor + (1 - floor) * i / 10, 4) for i in range(1, 10)} | {budget})
+    budgets = sorted({round(floor + (1 - floor) * i / 10, 4) for i in range(1, 11)} | {budget})
     prices = calibrate_prices(model, ids[:, :start].tolist(), budgets)
 
     def losses_at(threshold):

@@ -23,12 +23,18 @@ from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, get_base_dir, print0
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
-from nanochat.loss_eval import Student, controls_backward, evaluate_bpb, matryoshka_backward, sample_students
+from nanochat.loss_eval import (
+    GATE_TOKENS,
+    Student,
+    controls_backward,
+    evaluate_bpb,
+    matryoshka_backward,
+    sample_students,
+)
 from nanochat.optim import setup_optimizers
 from nanochat.training import Run, add_training_args, compile_blocks, derive_batch
 
 CONTROLS = ("gate.", "predictor.")
-GATE_TOKENS = 128  # tokens per pass that the gate learns from: at most 5 % of a step's time (bench train)
 
 
 def freeze_base(model) -> None:
@@ -120,7 +126,7 @@ def main(argv=None):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rows, T = x.shape
         if args.controls:
-            temperature = max(0.05, 1 - step / (0.8 * args.num_iterations))
+            temperature = max(0.2, 1 - step / (0.8 * args.num_iterations))
             return controls_backward(model, x, y, random_splits(rows, T, generator), generator, temperature, scale=scale)
         if not args.matryoshka:
             return matryoshka_backward(model, x, y, [], scale)

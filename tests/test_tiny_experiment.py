@@ -12,8 +12,8 @@ from tiny_experiment import __main__ as main
 from tiny_experiment import report, run
 from tiny_experiment.tasks import DIFFICULTIES, TASKS, Encoder, draw_many, make_tokenizer, split_of
 
-SIZES = run.Settings(steps=3, rows=16, pieces=4, control_steps=2, control_rows=16, calibration=400, test=30, swept=15,
-                     timed=2, processes=1)
+SIZES = run.Settings(steps=3, students_from=1, rows=16, pieces=4, control_steps=2, control_rows=16, calibration=400, test=30,
+                     swept=15, timed=2, processes=1)
 
 
 @pytest.fixture
@@ -84,8 +84,16 @@ def test_judging_equals_generating(encoder):
     prompts = draw_many(0, 24, "test")
     engine = Engine(model, encoder.tokenizer)
 
-    def control():
-        return Controls(model, 0.8, exit_threshold=0.6, expand_threshold=0.4)
+    gate, seen = Controls(model, 0.8)._gate, []
+
+    def watched(i, x):
+        seen.append(gate(i, x))
+        return seen[-1]
+    run.Judge(model, encoder, prompts)(control=Controls(model, 0.8, 1.0, 0.0, score=watched))
+    sure = torch.cat(seen).flatten()
+
+    def control():  # thresholds in the middle of what this gate answers, so that all its actions occur
+        return Controls(model, 0.8, exit_threshold=float(sure.quantile(0.7)), expand_threshold=float(sure.quantile(0.4)))
     out = [[] for _ in prompts]
     for pairs in engine.stream([encoder.prompt(i) for i in prompts], 5, mode="auto", temperature=0, control=control()):
         for r, token in pairs:

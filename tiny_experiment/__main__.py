@@ -10,7 +10,7 @@ Writes report.json, report.md, plots and the models (`python -m scripts.chat_cli
 --trace -p "copy qzkf="`), and prints a verdict for each claim: PASS or FAIL with the figure.
 """
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,14 +26,14 @@ def main(argv=None):
     p.add_argument("--seeds", type=int, default=1, help="independent runs; the report gives their means (default: 1)")
     p.add_argument("--seed", type=int, default=0, help="the first one's (default: 0)")
     p.add_argument("--quick", action="store_true", help="run every part in about a minute, without learning the tasks")
-    p.add_argument("--steps", type=int, default=None, help="training steps of the model (default: 1200; 60 with --quick)")
+    p.add_argument("--steps", type=int, default=None, help="training steps of the model (default: 950; 40 with --quick)")
     p.add_argument("--out", default=None, help="folder for the report (default: tiny_experiment in NANOCHAT_BASE_DIR)")
     args = p.parse_args(argv)
     if args.seeds < 1 or (args.steps is not None and args.steps < 1):
         raise ValueError("--seeds and --steps must be at least 1")
     settings = run.Settings.quick() if args.quick else run.Settings()
     if args.steps is not None:
-        settings = run.Settings(**(asdict(settings) | {"steps": args.steps}))
+        settings = replace(settings, steps=args.steps, students_from=settings.students_from * args.steps // settings.steps)
     folder = Path(args.out).expanduser() if args.out else get_base_dir() / "tiny_experiment"
     print0(f"{args.seeds} seed{'s' if args.seeds > 1 else ''}, {settings.steps} steps of {settings.rows} rows each, "
            f"{torch.get_num_threads()} threads")

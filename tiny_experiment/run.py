@@ -43,10 +43,11 @@ class Settings:
     Sizes of one run. `pieces`: passes per step, of rows of like length, since padding costs as much as text. processes:
     each on one core, with its own pieces; on a small model that is nearly twice as fast as two threads in one process.
     """
-    steps: int = 1200
+    steps: int = 950
+    students_from: int = 270  # the step from which narrow passes learn, from a teacher that is worth it by then
     rows: int = 128
     pieces: int = 4
-    control_steps: int = 300
+    control_steps: int = 180
     control_rows: int = 128
     calibration: int = 1350
     test: int = 900
@@ -57,13 +58,14 @@ class Settings:
     @classmethod
     def quick(cls) -> "Settings":
         """Runs every part in little more than a minute; much too short to learn the tasks."""
-        return cls(steps=40, rows=64, control_steps=20, control_rows=64, calibration=400, test=90, swept=45, timed=6)
+        return cls(steps=40, students_from=10, rows=64, control_steps=20, control_rows=64, calibration=400, test=90,
+                   swept=45, timed=6)
 
 
 def make_model(encoder: Encoder, seed: int):
     """8 blocks, 4 of attention and 4 of Mamba; width 128, eight heads of 16, so that there are four levels."""
     config = HybridConfig(sequence_len=32, vocab_size=encoder.tokenizer.get_vocab_size(), n_layer=4, n_head=8, n_kv_head=8,
-                          n_embd=128, d_ref=128, top_width=128, mamba_expand=1, mamba_headdim=32, mamba_d_state=32,
+                          n_embd=128, d_ref=128, top_width=128, mamba_expand=1, mamba_headdim=32, mamba_d_state=16,
                           mamba_group_width=128)
     model = build_model(config, "cpu")
     torch.manual_seed(seed)
@@ -126,15 +128,17 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
             generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * s.pieces + k)
             x, y, starts = encoder.batch(piece)
             expanding = len(x) if k == step % s.pieces else 0  # a quarter of all rows, in one pass
-            students = sample_students(model.config, len(x), x.size(1), starts - 1, generator, expanding)
+            students = [] if step < s.students_from else sample_students(model.config, len(x), x.size(1), starts - 1,
+                                                                         generator, expanding)
             count = int((y >= 0).sum())
-            for name, v in matryoshka_backward(model, x, y, students, count / total).items():
+            losses_here = matryoshka_backward(model, x, y, students, count / total)
+            for name, v in losses_here.items():
                 losses[name] = losses.get(name, 0) + count * float(v)
             seen += count
         finish_step(model, optimizers)
         losses = {name: v / seen for name, v in losses.items()}  # of this process's share of the batch
         history.append(losses)
-        progress(step + 1, f"loss {losses['loss']:.3f} | kl {losses['kl']:.3f}")
+        progress(step + 1, " | ".join(f"{name} {v:.3f}" for name, v in losses.items()))
     return history
 
 
@@ -142,14 +146,14 @@ def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict
     """Gate and predictor on the finished model; the losses of each step."""
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(("gate.", "predictor.")))
-    optimizers = setup_optimizers(model, control_lr=0.005)
+    optimizers = setup_optimizers(model, control_lr=0.01)
     progress, history = Progress("controls", s.control_steps), []
     for step in range(s.control_steps):
         set_rates(optimizers, step, s.control_steps)
         rank, world = get_rank()
         number = (seed * 1_000_003 + step) * world + rank
         x, y, starts = encoder.batch(draw_many(number + 500_000, s.control_rows // world, "train"))
-        temperature = max(0.05, 1 - step / (0.8 * s.control_steps))
+        temperature = max(0.2, 1 - step / (0.8 * s.control_steps))
         losses = controls_backward(model, x, y, starts, torch.Generator().manual_seed(number), temperature, 512, 1 / world)
         finish_step(model, optimizers)
         history.append({k: float(v) for k, v in losses.items()})
@@ -283,7 +287,7 @@ def pick_budget(judge: Judge, floor: float) -> tuple[float, list[list[float]]]:
     The least budget whose plans cost no accuracy (0.1 points) without any exit, on instances that calibration does not use;
     and the prices at which plans meet each budget.
     """
-    budgets = [round(floor + (1 - floor) * i / 10, 4) for i in range(1, 10)]
+    budgets = [round(floor + (1 - floor) * i / 10, 4) for i in range(1, 11)]
     prices = calibrate_prices(judge.model, judge.prompts, budgets)
     full = judge.summary(judge())["all"]
     for budget in budgets:
@@ -452,7 +456,8 @@ def measure(model, encoder: Encoder, seed: int, s: Settings, first: dict, folder
         answers[name] = generate_all(engine, test, encoder, **options)
     gate = examine_gate(test, budget, prices)
     result = {"seed": seed, "config": str(c), "budget": budget, "calibration": calibration, "promise": promise,
-              "gate_first": first, "gate": gate, "exact_match": {}, "static": static_grid(swept), "curves": curves(swept, calibration)}
+              "gate_first": first, "gate": gate, "exact_match": {}, "static": static_grid(swept),
+              "curves": curves(swept, calibration)}
     for name, (texts, _) in answers.items():
         right = torch.tensor([a == i.answer for a, i in zip(texts, test.instances)]).float()
         result["exact_match"][name] = {"all": float(right.mean()),
