@@ -18,6 +18,7 @@ from nanochat.cache import MatryoshkaKVCache
 from nanochat.common import get_compute_dtype
 from nanochat.confidence_probe import Controls, check_trained
 from nanochat.mamba_block import FP32_PARAMS
+from nanochat.matryoshka import token_flops
 
 
 def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None) -> None:
@@ -69,28 +70,23 @@ class Trace:
     auto: bool = False
     steps: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
 
-    def flops(self, model, rates: dict | None = None) -> dict[str, float]:
+    def flops(self, model) -> dict[str, float]:
         """
         FLOPs of 'prompt' (all of it but its last token, and the predictor), of 'generated' (the passes that the generated
         tokens came from: the prompt's last token, then all generated ones but the last), memory writes of exited tokens and
-        control networks included, and of the same passes at 'full_prompt' and 'full_generated' compute. rates: an empty dict
-        that many traces of one model share, to look costs up only once.
+        control networks included, and of the same passes at 'full_prompt' and 'full_generated' compute.
         """
-        n, config, rates = self.prompt_tokens, model.config, {} if rates is None else rates
-
-        def spent(position, widths=None, depth=None):
-            if (widths, depth) not in rates:  # a token's cost is linear in its context
-                at = [sum(c.flops for c in model.cost(widths and list(widths), n, depth).values()) for n in (0, 1)]
-                rates[widths, depth] = at[0], at[1] - at[0]
-            base, slope = rates[widths, depth]
-            return base + slope * (position + 1)
-        places = range(n - 1, n - 1 + len(self.steps))
-        out = {"prompt": sum(spent(p, self.widths) for p in range(n - 1)),
-               "generated": sum(spent(p, widths, depth) for p, (depth, widths) in zip(places, self.steps)),
-               "full_prompt": sum(map(spent, range(n - 1))), "full_generated": sum(map(spent, places))}
+        n, m, config = self.prompt_tokens - 1, len(self.steps), model.config
+        context = torch.arange(1, n + m + 1)
+        depth = torch.tensor([config.n_block] * n + [d for d, _ in self.steps])
+        widths = torch.tensor([self.widths] * n + [w for _, w in self.steps])
+        spent = token_flops(model, depth, widths, context)
+        full = token_flops(model, torch.full_like(depth, config.n_block), torch.full_like(widths, config.top_width), context)
+        out = {"prompt": float(spent[:n].sum()), "generated": float(spent[n:].sum()),
+               "full_prompt": float(full[:n].sum()), "full_generated": float(full[n:].sum())}
         if self.auto:
-            out["prompt"] += model.predictor.flops(n)
-            out["generated"] += model.gate.flops * sum(p <= depth for depth, _ in self.steps for p in config.exit_points)
+            out["prompt"] += model.predictor.flops(self.prompt_tokens)
+            out["generated"] += model.gate.flops * sum(p <= d for d, _ in self.steps for p in config.exit_points)
         return out
 
 

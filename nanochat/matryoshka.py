@@ -427,6 +427,20 @@ def cost_table(model, context: float) -> tuple[torch.Tensor, float]:
     return table, parts["static"].flops + parts["head"].flops
 
 
+def token_flops(model, depth: torch.Tensor, widths: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """
+    What each of N tokens costs that runs `depth` (N,) blocks at `widths` (N, n_block) int64 and then only writes its memory,
+    when attention sees `context` (N,) positions: FLOPs (N,) fp64, head included. The same as model.cost, for many tokens.
+    """
+    blocks, levels = model.transformer.h, model.config.levels
+    base, one = (torch.tensor([[[sum(c.flops for c in block_cost(block, d, n, exited)) for exited in (False, True)]
+                                for d in levels] for block in blocks], dtype=torch.float64) for n in (0, 1))
+    b = torch.arange(len(blocks))
+    at = b, torch.searchsorted(torch.tensor(levels), widths), (b >= depth[:, None]).long()
+    spent = base[at] + (one - base)[at] * context[:, None]  # a token's cost is linear in its context
+    return spent.sum(1) + model.cost()["head"].flops
+
+
 def energy(choice: torch.Tensor, table: torch.Tensor, fixed: float = 0.0) -> torch.Tensor:
     """
     The expected cost of `choice` (B, n_block, n_levels), probabilities or one-hot, as a share of full width: (B,) in

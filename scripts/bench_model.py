@@ -207,7 +207,8 @@ def bench_train(args) -> dict:
     gate = median_ratio(steps, "with", "without") - 1
     print(f"the gate's shadow loss on {GATE_TOKENS} tokens adds {gate:.1%} to a training step")
     return {"machine": machine("cpu"), "random_level_time_over_flops": measured / predicted, "time_ratio": measured,
-            "gate_share_of_step": gate, "flops_ratio": predicted, "full_tok_per_s": x.numel() / statistics.median(times["full"])}
+            "gate_share_of_step": gate, "flops_ratio": predicted,
+            "full_tok_per_s": x.numel() / statistics.median(times["full"])}
 
 
 def add_train(parser) -> None:

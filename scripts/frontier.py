@@ -20,16 +20,7 @@ from nanochat.confidence_probe import Controls, calibrate_prices, check_trained,
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
 from nanochat.loss_eval import head_loss
-from nanochat.matryoshka import block_cost
-
-
-def token_costs(model, context: float) -> tuple[torch.Tensor, float]:
-    """
-    FLOPs of one token in each block at each level, run and only written, (n_block, n_levels, 2) fp64, and of the head.
-    """
-    table = torch.tensor([[[sum(c.flops for c in block_cost(block, d, context, exited)) for exited in (False, True)]
-                           for d in model.config.levels] for block in model.transformer.h], dtype=torch.float64)
-    return table, model.cost()["head"].flops
+from nanochat.matryoshka import token_flops
 
 
 @torch.no_grad()
@@ -58,12 +49,9 @@ def measure(model, batches: list, token_bytes, start: int, widths=None, depth: i
         if control is not None:
             exits, levels = control.exits, control.ran
         exits = torch.full((B, T), c.n_block) if exits is None else exits
-        table, head = token_costs(model, (start + T) / 2)
-        for i, level in enumerate(levels):
-            at = torch.searchsorted(torch.tensor(c.levels), torch.as_tensor(level).expand(B, T).contiguous())
-            flops += float(table[i, at, (exits <= i).long()][behind].sum())
+        ran = torch.stack([torch.as_tensor(w).expand(B, T) for w in levels], -1)[behind]
+        flops += float(token_flops(model, exits[behind], ran, torch.arange(1, T + 1).expand(B, T)[behind]).sum())
         tokens += int(behind.sum())
-        flops += head * int(behind.sum())
         if control is not None:
             flops += B * model.predictor.flops(start)
             flops += model.gate.flops * sum(int((exits[behind] >= p).sum()) for p in c.exit_points)

@@ -26,7 +26,7 @@ from nanochat.confidence_probe import (
 )
 from nanochat.engine import Engine
 from nanochat.loss_eval import Shadow, gate_loss, matryoshka_backward, predictor_loss
-from nanochat.matryoshka import cost_table, energy, norm, soft_masks
+from nanochat.matryoshka import cost_table, energy, norm, soft_masks, token_flops
 
 PROMPTS = [[5], [17, 250, 3], [9, 8, 7, 6, 5, 4, 3]]
 
@@ -131,6 +131,16 @@ def test_energy_is_the_models_own_cost(hybrid):
         assert float(share) == pytest.approx(spent / full)
     milliseconds = torch.tensor([[1.0, 2.0, 4.0]] * c.n_block)  # a measured table serves as well
     assert float(energy(F.one_hot(torch.zeros(1, c.n_block).long(), 3).float(), milliseconds)) == 0.25
+
+
+@torch.no_grad()
+def test_the_cost_of_many_tokens_is_that_of_each(hybrid):
+    c, g = hybrid.config, torch.Generator().manual_seed(5)
+    depth, context = torch.randint(1, 7, (20,), generator=g), torch.randint(1, 60, (20,), generator=g)
+    widths = torch.tensor(c.levels)[torch.randint(3, (20, c.n_block), generator=g)]
+    want = [sum(p.flops for p in hybrid.cost(w.tolist(), int(n), int(d)).values())
+            for d, w, n in zip(depth, widths, context)]
+    assert token_flops(hybrid, depth, widths, context).tolist() == pytest.approx(want)
 
 
 def test_gumbel_choice_samples_the_distribution():
