@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanochat.common import atomic_write, fsync_dir
 from nanochat.gpt import GPT, GPTConfig
@@ -67,14 +68,18 @@ class _Sink:
         self.f.flush()
 
 
-def load_torch(path: Path):
+def load_torch(path: Path, without_data: bool = False):
     """
     A memory-mapped torch.load with weights_only=True. FileNotFoundError, or ValueError for a file that is truncated,
-    no checkpoint, or holds more than tensors and plain containers.
+    no checkpoint, or holds more than tensors and plain containers. without_data: its tensors are fake ones, which know
+    their shape, dtype and place in the file (see streaming.open_state); a file larger than memory may not be mapped.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}")
     try:
+        if without_data:
+            with FakeTensorMode():
+                return torch.load(path, weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as e:
         raise ValueError(f"{path} is refused: it is damaged or holds more than tensors ({_line(e)}); "

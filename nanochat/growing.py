@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanochat.checkpoint_manager import build_model, load_state, optimizer_names
+from nanochat.checkpoint_manager import build_model, optimizer_names
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
 from nanochat.mamba_block import Mamba2
 from nanochat.streaming import Leaf, State, seed_of, seeded, shapes_of
@@ -174,16 +174,15 @@ class Growth:
         out = torch.zeros(now, dtype=dtype)
         place(old, out, before, after)
         generator = torch.Generator().manual_seed(seed_of(self.init.seed, name))
-        if name.endswith(READERS) or name.startswith("value_embeds."):
+        if name in CONTROL_READERS:
+            # new units listen to what the old ones did; old units do not listen to what is new
+            c = now[1] if name == "predictor.c_mid.weight" else was[1]
+            out[was[0]:, :c] = torch.empty(now[0] - was[0], c).normal_(std=now[1] ** -0.5, generator=generator)
+        elif name.endswith(READERS) or name.startswith("value_embeds."):
             for rows, place_of_old, new in _spans(before[0], after[0]):
                 draw(old[rows], out[place_of_old.start:new.stop], self.init, self.new.n_embd ** -0.5, generator)
         elif name.endswith(SSM):
             self._reference(name, out, before[0], after[0])
-        elif name in CONTROL_READERS:
-            # new units listen to what the old ones did; old units do not listen to what is new
-            out[was[0]:].normal_(std=now[1] ** -0.5, generator=generator)
-            if name != "predictor.c_mid.weight":
-                out[was[0]:, was[1]:] = 0
         elif name in ("predictor.out_weight", "predictor.out_bias"):
             # a new level is the old full width, far less likely: whatever the prompt, it is never the likeliest
             out[:, was[1]:] = out[:, was[1] - 1:was[1]]
@@ -223,10 +222,11 @@ def grow_state(config: HybridConfig, state: State, width: int, init: Init) -> tu
 
 @torch.no_grad()
 def grow(model: HybridGPT, width: int, init: Init | None = None) -> HybridGPT:
-    """A grown copy of a model, in memory, in its dtype and on its device."""
+    """A grown copy of a model, in memory, in its dtypes and on its device."""
     config, state = grow_state(model.config, State.of(model), width, init or Init())
-    grown = build_model(config, model.device).to(state.dtype)
-    load_state(grown, state.dict(), "the grown state")
+    grown = build_model(config, "meta")
+    grown.load_state_dict({name: state.get(name, p.dtype).to(model.device) for name, p in model.named_parameters()},
+                          assign=True)
     grown.compute_dtype = model.compute_dtype
     return grown
 

@@ -22,7 +22,6 @@ from nanochat.common import print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.mamba_block import FP32_PARAMS
 
-REMAP_BYTES = 1 << 30  # pages of a mapped file stay resident until it is unmapped: map it anew after so many bytes
 WRITE_BYTES = 1 << 26
 
 
@@ -70,20 +69,33 @@ def shapes_of(config: GPTConfig) -> dict[str, torch.Size]:
 
 def open_state(path: Path, config: GPTConfig) -> State:
     """
-    The state in a checkpoint file, mapped. Keys may carry torch.compile's prefix. What load_torch raises for damaged files;
-    ValueError that names keys missing, extra or mis-shaped for `config`.
+    The state in a checkpoint file, of which each tensor is read when asked for. Keys may carry torch.compile's prefix. What
+    load_torch raises for damaged files; ValueError that names keys missing, extra or mis-shaped for `config`.
     """
-    state = check_state(build_model(config, "meta").state_dict(), load_torch(path), path)
-    held, read = state, 0
+    places = check_state(build_model(config, "meta").state_dict(), load_torch(path, without_data=True), path)
+    if odd := [name for name, place in places.items() if not place.is_contiguous()]:
+        raise ValueError(f"{path} holds {odd[0]} as a view, not in one piece: save its tensors contiguous")
 
     def make(name, dtype):
-        nonlocal held, read
-        if read > REMAP_BYTES:
-            held, read = None, 0
-            held = {k.removeprefix("_orig_mod."): v for k, v in load_torch(path).items()}
-        read += held[name].nbytes
-        return held[name].to(dtype)
-    return State({k: v.shape for k, v in state.items()}, make, state["lm_head.weight"].dtype)
+        # not mapped: the kernel refuses to map privately what is larger than memory, and pages read would stay resident
+        place = places[name]
+        t = torch.empty(place.shape, dtype=place.dtype)
+        data = _bytes(t)
+        with open(path, "rb", buffering=0) as f:
+            f.seek(place.untyped_storage()._checkpoint_offset + place.storage_offset() * place.itemsize)
+            done = 0
+            while done < len(data):
+                n = f.readinto(data[done:])
+                if not n:
+                    raise ValueError(f"{path} is truncated in {name}: copy or download it again")
+                done += n
+        return t.to(dtype)
+    return State({name: place.shape for name, place in places.items()}, make, places["lm_head.weight"].dtype)
+
+
+def _bytes(t: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(t.detach().reshape(-1).view(torch.uint8).numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,13 +153,12 @@ def save_lazy(tree, path: Path, report: Callable[[int], None] = lambda n: None) 
     # The writer of holes is a prototype in torch and pinned with it; tests compare its files with torch.save's.
     with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
         torch.save(_map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype), tree), path)
-    with FakeTensorMode():
-        places = torch.load(path, weights_only=True)
+    places = load_torch(path, without_data=True)
     with open(path, "r+b", buffering=0) as f:
         def put(leaf, place):
             t = leaf.make()
             assert t.shape == leaf.shape == place.shape and t.dtype == leaf.dtype == place.dtype
-            data = memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = _bytes(t.cpu().contiguous())
             at = place.untyped_storage()._checkpoint_offset
             for start in range(0, len(data), WRITE_BYTES):
                 piece = data[start:start + WRITE_BYTES]

@@ -23,13 +23,18 @@ import torch
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import autodetect_device_type, cli, get_base_dir, print0
+from nanochat.dataloader import DataLoader
+from nanochat.dataset import prepare
 from nanochat.growing import INITS, Init, grow_optimizers, grow_state
 from nanochat.hybrid_gpt import HybridConfig
+from nanochat.ordering import ORDERS, can_order, order_by_data, order_by_weights, order_state
 from nanochat.streaming import Progress, leaves, open_state, save_lazy, streamed
 from nanochat.surgery import MAX_DELTA, check_sizes, check_vintage, insert_optimizers, insert_state, prove, unchanged
 from nanochat.training import peak_rss_mb
 
 HUB = "karpathy/nanochat-d32"
+ORDER = "none"
+ORDER_TOKENS = 4096
 AUTO_BYTES = 32e9  # --dtype auto: a file that would be larger in the source's dtype is written in bf16
 
 
@@ -50,6 +55,10 @@ def main(argv=None):
                    help=f"of the matrices written; auto: bfloat16 beyond {AUTO_BYTES / 1e9:.0f} GB (default: source)")
     p.add_argument("--seed", type=int, default=0, help="draws the new weights (default: 0)")
     p.add_argument("--device", default=None, choices=["cpu", "cuda"], help="where the proof runs (default: cuda if there)")
+    p.add_argument("--order", default=None, choices=ORDERS,
+                   help="turn a base so that its leading dims, heads and units carry most: by its weights alone, or by its "
+                        f"activations on text (default: {ORDER})")
+    p.add_argument("--data", default=None, help="the text that --order data looks at, as in training (default: embedded)")
     p.add_argument("--init", default=None, choices=INITS, help=f"how growth draws what reads (default: {Init.kind})")
     p.add_argument("--rank", type=int, default=None, help=f"of lora and svd (default: {Init.rank})")
     p.add_argument("--std", type=float, default=None, help="of new entries, lora and svd (default: that of the old ones)")
@@ -73,8 +82,9 @@ def main(argv=None):
         new_config, new_state = grow_state(config, state, need(args.new_dim), init)
         how = {"surgery": "grow", "init": asdict(init)}
     else:
-        new_config, new_state = insert_state(config, state, args.seed)
-        how = {"surgery": "insert", "seed": args.seed}
+        ordered, order = ordered_base(args, config, state, tokenizer, device)
+        new_config, new_state = insert_state(config, ordered, args.seed)
+        how = {"surgery": "insert", "seed": args.seed, "order": order}
     optim = optimizer_file(file, info) if args.with_optimizer else None
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(args.dtype, state.dtype)
@@ -142,7 +152,7 @@ def open_base(args):
         raise ValueError(f"{src} holds a {meta['kind']} model already; insertion starts from a base GPT, and a hybrid is "
                          "grown with --expand-from")
     file = src / f"model_{step:06d}.pt"
-    weights = ckpt.load_torch(file)
+    weights = ckpt.load_torch(file, without_data=True)
     shapes = {str(k).removeprefix("_orig_mod."): getattr(v, "shape", ()) for k, v in dict(weights).items()}
     check_vintage(list(shapes), list(meta.get("model_config") or ()), file)
     config = ckpt.find_step(src, step).config
@@ -153,13 +163,36 @@ def open_base(args):
     return config, {**meta, "step": step}, file, open_state(file, config), f"step {step}"
 
 
+def ordered_base(args, config, state, tokenizer, device):
+    """The base's state in the order asked for, and that order's name."""
+    how = args.order or ORDER
+    if args.data is not None and how != "data":
+        raise ValueError(f"--data has no effect with --order {how}: it is for --order data")
+    if how == "none":
+        return state, how
+    if args.with_optimizer:
+        raise ValueError(f"an optimizer's moments do not survive --order {how}: use --order none, or drop --with-optimizer")
+    if not can_order(config):
+        print0(f"the base is left unordered: its {config.n_head} heads share {config.n_kv_head} key/value heads")
+        return state, "none"
+    progress = Progress("order", config.n_layer + (how == "data"), "parts")
+    if how == "weights":
+        order = order_by_weights(config, state, progress.step)
+    else:
+        T = min(config.sequence_len, ORDER_TOKENS)
+        loader = DataLoader(tokenizer, prepare(args.data or "embedded"), "train", ORDER_TOKENS // T, T)
+        order = order_by_data(config, state, next(iter(loader))[0], device, progress.step)
+    print0(f"ordered by {'its weights' if how == 'weights' else 'its activations on text'} ({progress.seconds:.0f} s)")
+    return order_state(config, state, order), how
+
+
 def open_hybrid(args):
     """
     config, info, file, state and a note of the hybrid of width --expand-from: --src, else the tag's trained export, else
     surgery's.
     """
-    if args.download or args.step is not None:
-        raise ValueError("--download and --step are for a base: they have no effect with --expand-from")
+    if used := [f"--{k}" for k in ("download", "step", "order", "data") if getattr(args, k) not in (None, False)]:
+        raise ValueError(f"{', '.join(used)} has no effect with --expand-from: it is for a base")
     width, tag = args.expand_from, args.tag or "d32"
     if args.src:
         folder, note = Path(args.src).expanduser(), "named by --src"
@@ -202,11 +235,11 @@ def grown_share(state, new_state) -> float:
 def table(config, new_config, new_state, dtype, size, dst) -> None:
     """Prints what will be made of what, and what it takes."""
     old, new = (ckpt.build_model(c, "meta").num_params() for c in (config, new_config))
-    names = [k for k in dict.fromkeys([*new, *old]) if k != "total"] + ["total"]
+    old = {"base": old["total"]} | old  # of a base, all
     print0(f"width {config.n_embd} -> {new_config.n_embd}, {config.n_block} -> {new_config.n_block} blocks, "
            f"levels {', '.join(map(str, new_config.levels))}")
-    for k in names:
-        print0(f"  {k:13s}{old.get(k, 0):16,d} ->{new.get(k, 0):16,d}")
+    for k in new:
+        print0(f"  {k:13s}{old.get(k, 0):16,d} ->{new[k]:16,d}")
     free = shutil.disk_usage(existing(dst)).free
     # as measured on two CPU cores (README): proof and writing each make every weight once or twice
     print0(f"output {dst}: {size / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}, {free / 1e9:.1f} GB of disk are "
