@@ -9,6 +9,7 @@ is zero, or their output goes unheard, so they change nothing, and since they ar
 every width, so zero dims change it by nothing and no weight is rescaled. Net2Net (Chen et al. 2016, arXiv 1511.05641)
 and its followers copy units and split their outgoing weights; here those are zero, so copies need no splitting.
 """
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -98,13 +99,8 @@ def _spans(old: list[int], new: list[int]) -> list[tuple[slice, slice, slice]]:
 
 def place(old: torch.Tensor, out: torch.Tensor, before: list[list[int]], after: list[list[int]]) -> torch.Tensor:
     """Copies old entries to where they belong in `out`; segments: see `segments`."""
-    def copy(axis, source, target):
-        if axis == old.ndim:
-            out[target] = old[source]
-            return
-        for was, now, _ in _spans(before[axis], after[axis]):
-            copy(axis + 1, (*source, was), (*target, now))
-    copy(0, (), ())
+    for spans in itertools.product(*(_spans(a, b) for a, b in zip(before, after))):
+        out[tuple(now for _, now, _ in spans)] = old[tuple(was for was, _, _ in spans)]
     return out
 
 

@@ -142,11 +142,11 @@ def extract(model: HybridGPT, mode: str | int) -> HybridGPT:
 
 def probe_batch(config: GPTConfig, seed: int = 0) -> torch.Tensor:
     """
-    Random tokens (rows, T) int64: 4 rows of at most 512; of a model too large for that, 2 rows of 80 (longer than a chunk
-    of the Mamba scan).
+    Random tokens (rows, T) int64: 4 rows of at most 512; of a model too large for that, one of 96 (longer than a chunk of
+    the Mamba scan).
     """
     large = config.n_layer * config.n_embd ** 2 > 1e7
-    rows, T = (2, min(80, config.sequence_len)) if large else (4, min(512, config.sequence_len))
+    rows, T = (1, min(96, config.sequence_len)) if large else (4, min(512, config.sequence_len))
     return torch.randint(config.vocab_size, (rows, T), generator=torch.Generator().manual_seed(seed))
 
 
@@ -176,12 +176,20 @@ def prove(before: GPT, after: GPT, cast: GPT | None = None, seed: int = 0, devic
     model, the second as its file will hold it, against the second.
     """
     idx = probe_batch(before.config, seed).to(device)
-    a, b = before(idx).cpu(), after(idx).cpu()
+    hybrids = isinstance(before.config, HybridConfig)
+    width = max(set(before.config.levels) & set(after.config.levels)) if hybrids else None
+
+    def logits(model):
+        """At full width and at `width`, in one pass, since weights are made anew for each: rows may differ in width."""
+        top, n = model.config.top_width, model.config.n_block
+        if width in (None, top):
+            return (model(idx).cpu(),) * 2
+        widths = torch.tensor([[d] * n for d in (top, width) for _ in idx])
+        return model(torch.cat((idx, idx)), widths=widths).cpu().chunk(2)
+    (a, a_level), (b, b_level) = logits(before), logits(after)
     proof = compare(a, b) | {"probe_tokens": idx.numel()}
-    if isinstance(before.config, HybridConfig):
-        width = max(set(before.config.levels) & set(after.config.levels))
-        old = a if width == before.config.top_width else before(idx, widths=width).cpu()
-        proof["level"] = {"width": width, **compare(old, after(idx, widths=width).cpu())}
+    if hybrids:
+        proof["level"] = {"width": width, **compare(a_level, b_level)}
     if cast is not None:
         proof["cast"] = compare(b, cast(idx).cpu())
     return proof
