@@ -7,23 +7,28 @@ Three layouts:
   hybrid_checkpoints/<tag>/    model.pt  config.json  tokenizer/                       (surgery's output)
 A step's meta file is written last and marks the checkpoint as whole. Every file is loaded with weights_only=True.
 """
+import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import pickle
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanochat.common import atomic_write
+from nanochat.common import atomic_write, fsync_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
 from nanochat.tokenizer import Tokenizer
 
+EXPORT_FILES = {"model.pt", "config.json", "tokenizer", "optim.pt"}
 _CONFIGS = {"gpt": (GPTConfig, GPT), "hybrid": (HybridConfig, HybridGPT)}
 
 
@@ -63,14 +68,18 @@ class _Sink:
         self.f.flush()
 
 
-def load_torch(path: Path):
+def load_torch(path: Path, without_data: bool = False):
     """
     A memory-mapped torch.load with weights_only=True. FileNotFoundError, or ValueError for a file that is truncated,
-    no checkpoint, or holds more than tensors and plain containers.
+    no checkpoint, or holds more than tensors and plain containers. without_data: its tensors are fake ones, which know
+    their shape, dtype and place in the file (see streaming.open_state); a file larger than memory may not be mapped.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}")
     try:
+        if without_data:
+            with FakeTensorMode():
+                return torch.load(path, weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as e:
         raise ValueError(f"{path} is refused: it is damaged or holds more than tensors ({_line(e)}); "
@@ -137,18 +146,16 @@ def config_from_dict(kind: str, fields: dict) -> GPTConfig:
     return cls(**fields)
 
 
-def load_state(model: torch.nn.Module, state: dict, where, device=None) -> None:
+def check_state(own: dict, state: dict, where) -> dict:
     """
-    Loads a state dict in place, in the parameters' own dtypes. Keys may carry torch.compile's `_orig_mod.` prefix.
-    ValueError that names keys missing, extra or mis-shaped; then nothing has been loaded. With `device` a model on the
-    meta device is materialised there first, but only once the state is known to fit: a hostile config allocates nothing.
+    `state` without torch.compile's `_orig_mod.` prefixes, once its names and shapes are those of `own` (a model's state
+    dict, on any device). ValueError that names keys missing, extra or mis-shaped.
     """
     if not isinstance(state, dict) or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided and v.is_floating_point()
             for k, v in state.items()):
         raise ValueError(f"{where} is no state dict: it must map names to dense tensors of real numbers")
     state = {k.removeprefix("_orig_mod."): v for k, v in state.items()}
-    own = model.state_dict()
     faults = []
     if missing := [k for k in own if k not in state]:
         faults.append(f"missing {_some(missing)}")
@@ -160,6 +167,17 @@ def load_state(model: torch.nn.Module, state: dict, where, device=None) -> None:
     if faults:
         raise ValueError(f"{where} does not fit the model of its config: {'; '.join(faults)}. "
                          "Use the checkpoint with the config it was saved with")
+    return state
+
+
+def load_state(model: torch.nn.Module, state: dict, where, device=None) -> None:
+    """
+    Loads a state dict in place, in the parameters' own dtypes. ValueError where check_state finds faults; then nothing has
+    been loaded. With `device` a model on the meta device is materialised there first, but only once the state is known to
+    fit: a hostile config allocates nothing.
+    """
+    own = model.state_dict()
+    state = check_state(own, state, where)
     if device is not None:
         own = model.to_empty(device=device).state_dict()
     with torch.no_grad():
@@ -234,15 +252,20 @@ def last_step(folder: Path) -> int:
     return steps[-1]
 
 
-def load_step(folder: Path, step: int, device="cpu") -> tuple[GPT, dict]:
-    """(model with its weights, meta) of one step. nanochat's own files, whose meta has no 'kind', are base GPTs."""
-    folder = Path(folder)
-    meta = load_json(folder / f"meta_{step:06d}.json")
+def find_step(folder: Path, step: int) -> "Found":
+    """One step's config, meta and file. nanochat's own files, whose meta has no 'kind', are base GPTs."""
+    meta = load_json(Path(folder) / f"meta_{step:06d}.json")
     if not isinstance(meta.get("model_config"), dict):
         raise ValueError(f"meta_{step:06d}.json in {folder} has no model_config: it is no nanochat checkpoint")
-    model = build_model(config_from_dict(meta.get("kind", "gpt"), meta["model_config"]), "meta")
-    path = folder / f"model_{step:06d}.pt"
-    load_state(model, load_torch(path), path, device)
+    return Found(config_from_dict(meta.get("kind", "gpt"), meta["model_config"]), meta,
+                 Path(folder) / f"model_{step:06d}.pt")
+
+
+def load_step(folder: Path, step: int, device="cpu") -> tuple[GPT, dict]:
+    """(model with its weights, meta) of one step."""
+    config, meta, file = find_step(folder, step)
+    model = build_model(config, "meta")
+    load_state(model, load_torch(file), file, device)
     return model, meta
 
 
@@ -257,6 +280,40 @@ def load_optimizers(folder: Path, step: int, optimizers: list) -> None:
     except Exception as e:
         raise ValueError(f"{path} does not hold this run's {len(optimizers)} optimizers ({_line(e)}): resume with the flags "
                          "that the run was started with, or start over with --fresh") from e
+
+
+def carry_optimizers(path: Path, optimizers: list) -> int:
+    """
+    Takes over, by the parameters' names, the moments that an earlier phase left in an optimizer file, in place, and returns
+    how many parameters had some; the others start afresh. ValueError for a file without names or of other shapes.
+    """
+    saved = {}
+    try:
+        for state in load_torch(path):
+            saved |= {name: state["state"][i] for i, name in optimizer_names(state).items() if i in state["state"]}
+    except (KeyError, TypeError, IndexError) as e:
+        raise ValueError(f"{path} holds no optimizers' states ({_line(e)}): remove it to start with fresh ones") from e
+    carried = 0
+    for opt in optimizers:
+        for group in opt.param_groups:
+            for name, p in zip(group["param_names"], group["params"]):
+                moments = saved.get(name, {})
+                if any(v.ndim and v.shape != p.shape for v in moments.values()):
+                    raise ValueError(f"the optimizer's state of {name} in {path} is of another shape than {tuple(p.shape)}: "
+                                     "it belongs to another model; remove it to start with fresh states")
+                opt.state[p] |= {k: v.clone() if not v.ndim else v.to(p.device, p.dtype, copy=True)
+                                 for k, v in moments.items()}
+                carried += bool(moments)
+    return carried
+
+
+def optimizer_names(state: dict) -> dict[int, str]:
+    """Index -> parameter's name in one optimizer's state dict. ValueError where it does not say."""
+    try:
+        return {i: name for g in state["param_groups"] for i, name in zip(g["params"], g["param_names"], strict=True)}
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError("the optimizer's state does not name its parameters (it was saved by an earlier version): train a "
+                         "few steps more with this one, or leave its state behind") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,18 +331,17 @@ def save_export(folder: Path, model: GPT, tokenizer: Tokenizer, info: dict) -> N
         json.dump({"kind": model_kind(model.config), "config": asdict(model.config), **info}, g, indent=1)
 
 
-class Loaded(NamedTuple):
-    """A model, its tokenizer, its config.json or meta, and the file that its weights came from."""
-    model: GPT
-    tokenizer: Tokenizer
+class Found(NamedTuple):
+    """Where a model's weights are: its config, its config.json or meta, and the file."""
+    config: GPTConfig
     info: dict
     file: Path
 
 
-def load(path: str | os.PathLike, device="cpu") -> Loaded:
+def find(path: str | os.PathLike) -> Found:
     """
-    From an export (its folder, or the model.pt in it) or a training folder (its newest step, or a model_NNNNNN.pt in it).
-    FileNotFoundError if there is none, ValueError for damaged files or a tokenizer of another size.
+    An export (its folder, or the model.pt in it) or a training folder (its newest step, or a model_NNNNNN.pt in it).
+    FileNotFoundError if there is none, ValueError for damaged files.
     """
     path = Path(path).expanduser()
     folder, step = path, None
@@ -299,17 +355,84 @@ def load(path: str | os.PathLike, device="cpu") -> Loaded:
             raise FileNotFoundError(f"there is no model in {folder}: run `python -m scripts.surgery` or "
                                     "`python -m scripts.fractal_train` first, or name another folder")
         step = last_step(folder)
-    if step is None:
-        info = load_json(folder / "config.json")
-        if not isinstance(info.get("config"), dict):
-            raise ValueError(f"config.json in {folder} has no config: write the export again")
-        file = folder / "model.pt"
-        model = build_model(config_from_dict(info.get("kind"), info["config"]), "meta")
-        load_state(model, load_torch(file), file, device)
-    else:
-        file = folder / f"model_{step:06d}.pt"
-        model, info = load_step(folder, step, device)
-    return Loaded(model, load_tokenizer(folder, model.config), info, file)
+    if step is not None:
+        return find_step(folder, step)
+    info = load_json(folder / "config.json")
+    if not isinstance(info.get("config"), dict):
+        raise ValueError(f"config.json in {folder} has no config: write the export again")
+    return Found(config_from_dict(info.get("kind"), info["config"]), info, folder / "model.pt")
+
+
+class Loaded(NamedTuple):
+    """A model, its tokenizer, its config.json or meta, and the file that its weights came from."""
+    model: GPT
+    tokenizer: Tokenizer
+    info: dict
+    file: Path
+
+
+def load(path: str | os.PathLike, device="cpu") -> Loaded:
+    """The model that `find` finds, with its tokenizer. ValueError also for a tokenizer of another size."""
+    config, info, file = find(path)
+    model = build_model(config, "meta")
+    load_state(model, load_torch(file), file, device)
+    return Loaded(model, load_tokenizer(file.parent, config), info, file)
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path):
+    """
+    Gives an empty folder to write an export into, which becomes `folder` in one step once all is written; on any error it
+    is removed. An earlier export there stays until then. What a killed run left is removed, and was never called `folder`.
+    ValueError for a folder that holds anything but an export; OSError when the disk is full.
+    """
+    folder = Path(folder)
+    new, old = (folder.parent / f".{folder.name}.{end}" for end in ("tmp", "old"))
+    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - EXPORT_FILES):
+        raise ValueError(f"{folder} exists and is no export (it holds other files): name another folder with --dst")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)  # an earlier run was killed between the two renames below
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        new.mkdir()
+        yield new
+        fsync_dir(new)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+        fsync_dir(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as e:
+        shutil.rmtree(new, ignore_errors=True)
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(e.errno, f"no room left to write {folder}; what was there before is untouched: "
+                                   "free some disk space and run the same command again") from e
+        raise
+
+
+def download(repo: str, folder: Path) -> None:
+    """
+    Fetches a nanochat checkpoint's files from the hub into `folder`, or what is missing of them. ConnectionError without
+    network, ValueError for a repository that is not there.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+    try:
+        huggingface_hub.snapshot_download(repo, local_dir=folder, allow_patterns=[
+            "model_*.pt", "meta_*.json", "tokenizer.pkl", "tokenizer.json", "token_bytes.pt", "tokenizer/*"])
+    except RepositoryNotFoundError as e:
+        raise ValueError(f"{repo} is not on the hub, or you may not read it (`hf auth login`): check the name") from e
+    except Exception as e:  # the hub's client lets several libraries' exceptions through
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(e.errno, f"no room left to download {repo} into {folder}: free some disk space and run the same "
+                                   "command again") from e
+        raise ConnectionError(f"{repo} could not be fetched ({_line(e)}): check the network and run the same command again "
+                              f"(what came is kept), or put its files into {folder} yourself") from e
+    if not list_steps(folder):  # without network the client is content with whatever the folder holds
+        raise ConnectionError(f"{repo} could not be fetched whole into {folder}: check the network and run the same command "
+                              "again, or put its files there yourself")
 
 
 def load_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer:

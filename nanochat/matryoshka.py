@@ -247,9 +247,11 @@ class Attention(nn.Module):
         v = sliced_linear(u[..., :d], self.c_v.weight, n)
         if self.ve_gate is None:
             return v
-        # u grows as a slice shrinks; sqrt(d / d_ref) undoes it, so the gate sees one scale at every width
+        # u grows as a slice shrinks; sqrt(d / d_ref) undoes it, so the gate sees one scale at every width. Not above d_ref:
+        # there growth appends zero dims, which leave u as it was
         c = self.ve_gate.in_features
-        scale = (d / self.d_ref) ** 0.5 if mask is None else (mask.sum(-1, keepdim=True) / self.d_ref).sqrt()
+        scale = min(1.0, d / self.d_ref) ** 0.5 if mask is None else \
+            (mask.sum(-1, keepdim=True) / self.d_ref).clamp(max=1).sqrt()
         gate = 2 * torch.sigmoid(sliced_linear(u[..., :c] * scale, self.ve_gate.weight, self.n_kv(d)))
         return v + gate.repeat_interleave(self.head_dim, dim=-1) * value[..., :n]
 

@@ -86,8 +86,8 @@ def setup_optimizers(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.0
     members = {"embedding": [], "unembedding": [], "scalar": [], "control": [], "matrix": []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            members[group_of(name)].append(p)
-    owned = [id(p) for params in members.values() for p in params]
+            members[group_of(name)].append((name, p))  # a state dict then says whose moments it holds
+    owned = [id(p) for params in members.values() for _, p in params]
     trainable = [id(p) for p in model.parameters() if p.requires_grad]
     assert len(owned) == len(set(owned)) and set(owned) == set(trainable), "a parameter has no owner, or two"
 

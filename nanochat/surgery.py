@@ -1,36 +1,126 @@
 """
-Surgery: functions over models that change the architecture and keep the function.
+Surgery: what changes the architecture and keeps the function, and the proof that it did.
 
-`insert` puts a Mamba block behind every attention block of a base GPT, and value embeddings into every second one, as
-exact no-ops: the new writers into the residual stream (out_proj, c_proj) and the tables are zero, everything behind
+`insert_state` puts a Mamba block behind every attention block of a base GPT, and value embeddings into every second one,
+as exact no-ops: the new writers into the residual stream (out_proj, c_proj) and the tables are zero, everything behind
 them has its reference initialisation, so all of it learns from the first step on (zero outgoing weights do; zero
-incoming ones would not).
+incoming ones would not). Growth to larger widths is in growing.py, ordering before cutting widths in ordering.py. All of
+them turn a State (weights made when asked for, streaming.py) into another; `insert` and `growing.grow` do it in memory.
 """
+import re
 from dataclasses import replace
 
 import torch
 
-from nanochat.checkpoint_manager import build_model
-from nanochat.gpt import GPT
+from nanochat.checkpoint_manager import build_model, load_state, optimizer_names
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
+from nanochat.streaming import Leaf, State, seeded, shapes_of
 
 MAX_DELTA = 1e-4  # largest |delta logit|, fp32, that counts as "the function is unchanged"
+
+# What later nanochats have and this architecture has not, by the names of their weights or config fields.
+LATER = (
+    (r"resid_lambdas|x0_lambdas|x0_gate", "residual lambdas"),
+    (r"value_embeds\.|ve_gate\.", "value embeddings"),
+    (r"smear", "the smear of neighbouring embeddings"),
+    (r"backout", "the backout of a middle layer"),
+    (r"window_pattern", "sliding attention windows"),
+    (r"\.bias$", "biases"),
+)
+
+
+def check_vintage(keys: list[str], fields: list[str], where) -> None:
+    """ValueError that names the features of a later nanochat that a checkpoint's weights or config fields show."""
+    found = [feature for pattern, feature in LATER if any(re.search(pattern, k) for k in [*keys, *fields])]
+    if found:
+        raise ValueError(f"{where} is of a later nanochat than d32's and has {', '.join(found)}, which are not supported: "
+                         "use a checkpoint of nanochat-d32's vintage, such as karpathy/nanochat-d32")
+
+
+def check_sizes(shapes: dict[str, torch.Size], config: GPTConfig, where) -> None:
+    """ValueError where width, depth, vocabulary or kv heads read from a base's weights are not those of its config."""
+    n_layer = len({k.split(".")[2] for k in shapes if k.startswith("transformer.h.")})
+    wte, c_k = shapes.get("transformer.wte.weight"), shapes.get("transformer.h.0.attn.c_k.weight")
+    read = {"n_layer": n_layer}
+    if wte is not None and len(wte) == 2:
+        read |= {"vocab_size": wte[0], "n_embd": wte[1]}
+    if c_k is not None and len(c_k) == 2 and c_k[0] % config.head_dim == 0:
+        read |= {"n_kv_head": c_k[0] // config.head_dim}
+    wrong = [f"{k} {v}, but the meta file says {getattr(config, k)}" for k, v in read.items() if v != getattr(config, k)]
+    if wrong:
+        raise ValueError(f"{where} has {'; '.join(wrong)}: use the meta file that was saved with it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Insert
+
+def base_name(name: str) -> str | None:
+    """The base's name of a hybrid's tensor (attention block 2i is its layer i); None for what no base has."""
+    block = re.fullmatch(r"transformer\.h\.(\d+)\.(.*)", name)
+    if block and int(block[1]) % 2 == 0 and not block[2].startswith("attn.ve_gate"):
+        return f"transformer.h.{int(block[1]) // 2}.{block[2]}"
+    return name if name in ("transformer.wte.weight", "lm_head.weight") else None
+
+
+@torch.no_grad()
+def insert_state(config: GPTConfig, base: State, seed: int) -> tuple[HybridConfig, State]:
+    """The config and the state of the hybrid of a base GPT; `seed` draws the new weights."""
+    new = HybridConfig.from_base(config)
+    shapes = shapes_of(new)
+    fresh = "", {}  # of the part that was asked for last
+
+    def make(name, dtype):
+        nonlocal fresh
+        if base_name(name):
+            return base.get(base_name(name), dtype)
+        if "ve_gate" in name or name.startswith("value_embeds."):
+            return torch.zeros(shapes[name], dtype=dtype)
+        part = re.match(r"transformer\.h\.\d+\.|gate\.|predictor\.", name)[0]
+        if fresh[0] != part:
+            fresh = part, _reference(new, part, seed)
+        return fresh[1][name[len(part):]].to(dtype)
+    return new, State(shapes, make, base.dtype)
+
+
+def _reference(config, part, seed):
+    """The reference initialisation of a Mamba block, of the gate or of the predictor: {name: tensor}."""
+    with seeded(seed, part):
+        if part.startswith("transformer."):
+            tiny = build_model(replace(config, n_layer=1, vocab_size=1))  # whose only Mamba block is like all others
+            tiny.init_weights()
+            return tiny.transformer.h[1].state_dict()
+        with torch.device("meta"):
+            control = getattr(HybridGPT(config), part[:-1])
+        control.to_empty(device="cpu").init_weights()
+        return control.state_dict()
 
 
 @torch.no_grad()
 def insert(base: GPT, seed: int) -> HybridGPT:
-    """The hybrid of a base GPT, fp32, on the base's device; `seed` draws the new weights."""
-    hybrid = build_model(HybridConfig.from_base(base.config), base.device)
-    torch.manual_seed(seed)
-    hybrid.init_weights()
-    hybrid.transformer.wte.load_state_dict(base.transformer.wte.state_dict())
-    hybrid.lm_head.load_state_dict(base.lm_head.state_dict())
-    for i, block in enumerate(base.transformer.h):
-        # strict=False: the hybrid's value-embedding gate is new; everything of the base's must land
-        missing, unexpected = hybrid.transformer.h[2 * i].load_state_dict(block.state_dict(), strict=False)
-        assert not unexpected and all("ve_gate" in k for k in missing)
+    """The hybrid of a base GPT, in memory, fp32, on the base's device; `seed` draws the new weights."""
+    config, state = insert_state(base.config, State.of(base), seed)
+    hybrid = build_model(config, base.device)
+    load_state(hybrid, state.dict(), "the hybrid's state")
     return hybrid
 
+
+def insert_optimizers(states: list[dict]) -> list:
+    """A base's optimizer state dicts under the hybrid's names, as a tree for save_lazy."""
+    def rename(name):
+        block = re.fullmatch(r"transformer\.h\.(\d+)\.(.*)", name)
+        return f"transformer.h.{2 * int(block[1])}.{block[2]}" if block else name
+    out = []
+    for state in states:
+        names = {i: rename(name) for i, name in optimizer_names(state).items()}
+        out.append({"state": {i: {k: Leaf(v.shape, v.dtype, lambda v=v: v) for k, v in moments.items()}
+                              for i, moments in state["state"].items()},
+                    "param_groups": [{**g, "param_names": [names[i] for i in g["params"]]} for g in state["param_groups"]]})
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Extract
 
 @torch.no_grad()
 def extract(model: HybridGPT, mode: str | int) -> HybridGPT:
@@ -47,16 +137,66 @@ def extract(model: HybridGPT, mode: str | int) -> HybridGPT:
     return small
 
 
-@torch.no_grad()
-def probe(before: GPT, after: GPT, mode: str | int | None = None, seed: int = 0, rows: int = 4) -> dict[str, float]:
+# ---------------------------------------------------------------------------------------------------------------------
+# Proof
+
+def probe_batch(config: GPTConfig, seed: int = 0) -> torch.Tensor:
     """
-    Compares two models, the first at `mode` (None: full width), in fp32 on random tokens as long as the context allows
-    (512 at most):
-    {'max_delta_logit', 'top1_agreement', 'probe_tokens'}.
+    Random tokens (rows, T) int64: 4 rows of at most 512; of a model too large for that, one of 96 (longer than a chunk of
+    the Mamba scan).
+    """
+    large = config.n_layer * config.n_embd ** 2 > 1e7
+    rows, T = (1, min(96, config.sequence_len)) if large else (4, min(512, config.sequence_len))
+    return torch.randint(config.vocab_size, (rows, T), generator=torch.Generator().manual_seed(seed))
+
+
+def compare(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
+    """Two batches of logits: {'max_delta_logit', 'top1_agreement'}. A NaN in either makes the delta NaN."""
+    return {"max_delta_logit": float((a - b).abs().max()),
+            "top1_agreement": float((a.argmax(-1) == b.argmax(-1)).float().mean())}
+
+
+@torch.no_grad()
+def probe(before: GPT, after: GPT, mode: str | int | None = None, seed: int = 0, device=None) -> dict[str, float]:
+    """
+    Compares two models, the first at `mode` (None: full width), in fp32: `compare`'s figures and 'probe_tokens'. Streamed
+    models (streaming.streamed) need the device that their weights come to.
     """
     assert before.compute_dtype == after.compute_dtype == torch.float32
-    c = before.config
-    idx = torch.randint(c.vocab_size, (rows, min(512, c.sequence_len)), generator=torch.Generator().manual_seed(seed))
-    a, b = before(idx.to(before.device), widths=mode).cpu(), after(idx.to(after.device)).cpu()
-    return {"max_delta_logit": float((a - b).abs().max()),
-            "top1_agreement": float((a.argmax(-1) == b.argmax(-1)).float().mean()), "probe_tokens": idx.numel()}
+    idx = probe_batch(before.config, seed)
+    a, b = (model(idx.to(device or model.device), widths=widths).cpu() for model, widths in ((before, mode), (after, None)))
+    return compare(a, b) | {"probe_tokens": idx.numel()}
+
+
+@torch.no_grad()
+def prove(before: GPT, after: GPT, cast: GPT | None = None, seed: int = 0, device="cpu") -> dict:
+    """
+    Surgery's proof, for streamed models or others, in fp32: `compare`'s figures and 'probe_tokens' at full width. Of two
+    hybrids also, under 'level', those at the widest level that both have, and its 'width'. Under 'cast' those of a third
+    model, the second as its file will hold it, against the second.
+    """
+    idx = probe_batch(before.config, seed).to(device)
+    hybrids = isinstance(before.config, HybridConfig)
+    width = max(set(before.config.levels) & set(after.config.levels)) if hybrids else None
+
+    def logits(model):
+        """At full width and at `width`, in one pass, since weights are made anew for each: rows may differ in width."""
+        top, n = model.config.top_width, model.config.n_block
+        if width in (None, top):
+            return (model(idx).cpu(),) * 2
+        widths = torch.tensor([[d] * n for d in (top, width) for _ in idx])
+        return model(torch.cat((idx, idx)), widths=widths).cpu().chunk(2)
+    (a, a_level), (b, b_level) = logits(before), logits(after)
+    proof = compare(a, b) | {"probe_tokens": idx.numel()}
+    if hybrids:
+        proof["level"] = {"width": width, **compare(a_level, b_level)}
+    if cast is not None:
+        proof["cast"] = compare(b, cast(idx).cpu())
+    return proof
+
+
+def unchanged(proof: dict) -> bool:
+    """Whether a proof says that the function is what it was, at every level that was looked at."""
+    return all(p["max_delta_logit"] <= MAX_DELTA for p in (proof, proof.get("level", proof)))  # a NaN fails too
+
+

@@ -155,19 +155,22 @@ class Run:
             ckpt.load_state(model, ckpt.load_torch(path), path)
 
     def train(self, model, optimizers, tokenizer, data, backward, evaluate, passes: int, sequence_len: int,
-              flops_per_token: float | None = None, data_from: dict | None = None) -> dict:
+              flops_per_token: float | None = None, data_from: dict | None = None, moments_from: Path | None = None) -> dict:
         """
         Trains to args.num_iterations. backward(step, x, y, scale) computes and backpropagates one pass and returns its
         losses; evaluate() returns a dict with 'bpb'; flops_per_token, where known, gives the MFU. data_from: a loader
         state of an earlier phase on the same data; this one goes on behind it, so that no text is seen twice before all
-        has been seen once. Returns the run's figures:
-        'bpb' and 'first_bpb' (last and first evaluation), 'tok_per_s', 'steps'.
+        has been seen once. moments_from: an optimizer file of an earlier phase, whose state a new run takes over.
+        Returns the run's figures: 'bpb' and 'first_bpb' (last and first evaluation), 'tok_per_s', 'steps'.
         """
         args, device = self.args, model.device
         rank, world = get_rank()
         if self.meta is not None:
             ckpt.load_optimizers(self.folder, self.start, optimizers)
             print0(f"resuming {self.folder} after step {self.start}")
+        elif moments_from is not None:
+            print0(f"{ckpt.carry_optimizers(moments_from, optimizers)} parameters go on with the optimizer's state in "
+                   f"{moments_from}; --warmup-ratio raises the rate anew")
         where = tokenizer, data, "train", args.device_batch_size, sequence_len, rank, world, device
         try:
             loader = DataLoader(*where, self.loader or data_from)

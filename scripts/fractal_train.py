@@ -140,7 +140,8 @@ def main(argv=None):
     if not run.finished:
         rates = [lr * args.lr_scale for lr in (args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)]
         figures = run.train(model, setup_optimizers(model, *rates), tokenizer, data, backward, evaluate, passes, T,
-                            data_from=info.get("loader"))
+                            data_from=info.get("loader"),
+                            moments_from=moments if (moments := file.parent / "optim.pt").is_file() else None)
     else:
         figures = run.meta["figures"]
         print0(f"{folder} is trained already ({run.start} steps); --fresh starts over")

@@ -1,5 +1,6 @@
 """The compiled CPU operators: each equals its layer's PyTorch form; how they are built, rebuilt, or done without."""
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,7 +77,8 @@ def test_mlp_at_every_level(hybrid_config, dtype, monkeypatch):
 
 
 MODELS = {"base": GPTConfig(64, 300, 2, 4, 4, 64), "grouped": GPTConfig(64, 300, 2, 6, 2, 60),
-          "hybrid": HybridConfig.from_base(GPTConfig(64, 300, 2, 4, 4, 64))}
+          "hybrid": HybridConfig.from_base(GPTConfig(64, 300, 2, 4, 4, 64)),
+          "grown": replace(HybridConfig.from_base(GPTConfig(64, 300, 2, 8, 8, 128)), d_ref=64)}
 # chunks of (T, lengths or None, widths, exit): what a cache has seen when the last ones come
 STEPS = {"one token": [(9, None, "think", None)] + [(1, None, "think", None)] * 3,
          "narrow": [(9, None, "normal", None)] + [(1, None, "normal", None)] * 3,

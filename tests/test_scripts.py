@@ -276,12 +276,12 @@ def test_damaged_checkpoints_are_named(home, cwd, capsys):
 def test_a_surgery_that_changes_the_function_writes_nothing(cwd, capsys, monkeypatch):
     from nanochat import surgery as functions
 
-    def broken(base, seed):
-        model = functions.insert(base, seed)
-        with torch.no_grad():
-            model.transformer.h[1].mlp.c_proj.weight.normal_()
-        return model
-    monkeypatch.setattr(surgery, "insert", broken)
+    def broken(config, base, seed):
+        config, state = functions.insert_state(config, base, seed)
+        make = state.make
+        state.make = lambda name, dtype: make(name, dtype) + name.endswith("h.1.mlp.c_proj.weight")
+        return config, state
+    monkeypatch.setattr(surgery, "insert_state", broken)
     with pytest.raises(SystemExit) as e:
         surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
     assert e.value.code == 1 and "nothing was written" in capsys.readouterr().err

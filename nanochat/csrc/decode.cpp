@@ -300,7 +300,7 @@ void attention(const T* x, T* out, const T* wq, const T* wk, const T* wv, const 
             if (gate) {
                 float s = 0;
                 for (int64_t i = 0; i < gate_in; i++) s += widen(gate[j * gate_in + i]) * widen(u[r * padded(d) + i]);
-                const float g = 2 / (1 + std::exp(-s * std::sqrt(d / d_ref)));
+                const float g = 2 / (1 + std::exp(-s * std::sqrt(std::min(1.0f, d / d_ref))));
                 for (int64_t i = 0; i < hd; i++) vj[i] += g * widen(value[r * value_stride + j * hd + i]);
             }
             for (int64_t i = 0; i < hd; i++) put(keys + at + i, kj[i]), put(values + at + i, vj[i]);

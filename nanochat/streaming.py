@@ -1,0 +1,218 @@
+"""
+Checkpoints larger than memory: weights that are made, run and written one tensor at a time.
+
+`State` is a state dict whose tensors come into being when they are asked for; `open_state` reads one from a file, surgery
+turns one into another, `streamed` runs a model on one, and `save_lazy` writes one as an ordinary torch file. So what is
+resident at any time is about one block, whatever the model's size.
+"""
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.serialization import skip_data
+
+from nanochat.checkpoint_manager import build_model, check_state, load_torch
+from nanochat.common import print0
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.mamba_block import FP32_PARAMS
+
+WRITE_BYTES = 1 << 26
+
+
+class State:
+    """
+    A model's weights: shapes {name: torch.Size} and make(name, dtype) -> a tensor of that shape, which the caller must
+    not write to. dtype: what the matrices are stored in.
+    """
+    def __init__(self, shapes: dict[str, torch.Size], make: Callable[[str, torch.dtype], torch.Tensor], dtype: torch.dtype):
+        self.shapes, self.make, self.dtype = shapes, make, dtype
+
+    def get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        t = self.make(name, dtype)
+        assert t.shape == self.shapes[name] and t.dtype == dtype, (name, t.shape, t.dtype)
+        return t
+
+    def stored(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that `name` has in a file of this dtype: what the recurrence and the controls need stays fp32."""
+        keep = (".mamba." in name and name.endswith(FP32_PARAMS)) or name.startswith(("gate.", "predictor."))
+        return torch.promote_types(dtype, torch.float32) if keep else dtype
+
+    def rounded(self, dtype: torch.dtype) -> "State":
+        """This state as a file of `dtype` would give it back."""
+        return State(self.shapes, lambda name, out: self.get(name, self.stored(name, dtype)).to(out), dtype)
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        return sum(shape.numel() * self.stored(name, dtype).itemsize for name, shape in self.shapes.items())
+
+    @staticmethod
+    def of(model: GPT) -> "State":
+        """A model's own weights."""
+        own = model.state_dict()
+        return State({k: v.shape for k, v in own.items()}, lambda name, dtype: own[name].to(dtype),
+                     own["lm_head.weight"].dtype)
+
+    def dict(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """All of it, in memory."""
+        return {name: self.get(name, dtype or self.dtype) for name in self.shapes}
+
+
+def shapes_of(config: GPTConfig) -> dict[str, torch.Size]:
+    """Name -> shape of the weights of a config's model."""
+    return {k: v.shape for k, v in build_model(config, "meta").state_dict().items()}
+
+
+def open_state(path: Path, config: GPTConfig) -> State:
+    """
+    The state in a checkpoint file, of which each tensor is read when asked for. Keys may carry torch.compile's prefix. What
+    load_torch raises for damaged files; ValueError that names keys missing, extra or mis-shaped for `config`.
+    """
+    places = check_state(build_model(config, "meta").state_dict(), load_torch(path, without_data=True), path)
+    if odd := [name for name, place in places.items() if not place.is_contiguous()]:
+        raise ValueError(f"{path} holds {odd[0]} as a view, not in one piece: save its tensors contiguous")
+
+    def make(name, dtype):
+        # not mapped: the kernel refuses to map privately what is larger than memory, and pages read would stay resident
+        place = places[name]
+        t = torch.empty(place.shape, dtype=place.dtype)
+        data = _bytes(t)
+        with open(path, "rb", buffering=0) as f:
+            f.seek(place.untyped_storage()._checkpoint_offset + place.storage_offset() * place.itemsize)
+            done = 0
+            while done < len(data):
+                n = f.readinto(data[done:])
+                if not n:
+                    raise ValueError(f"{path} is truncated in {name}: copy or download it again")
+                done += n
+        return t.to(dtype)
+    return State({name: place.shape for name, place in places.items()}, make, places["lm_head.weight"].dtype)
+
+
+def _bytes(t: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(t.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+
+def streamed(config: GPTConfig, state: State, device="cpu", dtype=torch.float32, report: Callable = lambda: None) -> GPT:
+    """
+    The model of a config whose blocks and tables have weights only while they run, taken from `state` in `dtype`; it
+    computes by the model's own forward pass. `report` is called whenever a part has got its weights.
+    """
+    model = build_model(config, "meta")
+    model.compute_dtype = dtype
+    tables = dict(getattr(model, "value_embeds", {}))
+    parts = {f"transformer.h.{i}.": block for i, block in enumerate(model.transformer.h)}
+    parts |= {f"value_embeds.{i}.": table for i, table in tables.items()} | {"transformer.wte.": model.transformer.wte}
+
+    def fill(module, prefix):
+        module.load_state_dict({name[len(prefix):]: state.get(name, dtype).to(device) for name in state.shapes
+                                if name.startswith(prefix)}, assign=True)
+        report()
+    for prefix, module in parts.items():
+        module.register_forward_pre_hook(lambda m, _, prefix=prefix: fill(m, prefix))
+        module.register_forward_hook(lambda m, *_: m.to("meta") and None)
+    # the head is no module call: it stays while the whole model runs
+    model.register_forward_pre_hook(lambda m, _: fill(m.lm_head, "lm_head."))
+    model.register_forward_hook(lambda m, *_: m.lm_head.to("meta") and None)
+    return model.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+class Leaf(NamedTuple):
+    """A tensor to be: `make` is called when its turn to be written has come."""
+    shape: torch.Size
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+
+def leaves(state: State, dtype: torch.dtype) -> dict[str, Leaf]:
+    """A state as a file of `dtype` holds it."""
+    def leaf(name, shape):
+        stored = state.stored(name, dtype)
+        return Leaf(shape, stored, lambda: state.get(name, stored))
+    return {name: leaf(name, shape) for name, shape in state.shapes.items()}
+
+
+def save_lazy(tree, path: Path, report: Callable[[int], None] = lambda n: None) -> None:
+    """
+    torch.save of nested dicts and lists whose tensors are Leafs: torch writes the file with a hole for each tensor, then
+    each is made and put in its place. The file has torch's format and loads with weights_only=True, mapped or not; its
+    zip entries carry no checksums of the tensors (torch reads none). Not atomic: write into a folder that is renamed
+    when it is whole. report(n): n bytes more were written. OSError when the disk is full.
+    """
+    # The writer of holes is a prototype in torch and pinned with it; tests compare its files with torch.save's.
+    with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+        torch.save(_map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype), tree), path)
+    places = load_torch(path, without_data=True)
+    with open(path, "r+b", buffering=0) as f:
+        def put(leaf, place):
+            t = leaf.make()
+            assert t.shape == leaf.shape == place.shape and t.dtype == leaf.dtype == place.dtype
+            data = _bytes(t.cpu().contiguous())
+            at = place.untyped_storage()._checkpoint_offset
+            for start in range(0, len(data), WRITE_BYTES):
+                piece = data[start:start + WRITE_BYTES]
+                done = 0
+                while done < len(piece):
+                    done += os.pwrite(f.fileno(), piece[done:], at + start + done)
+                report(len(piece))
+        _map(put, tree, places)
+        os.fsync(f.fileno())
+
+
+def _map(fn, tree, *others):
+    if isinstance(tree, Leaf):
+        return fn(tree, *others)
+    if isinstance(tree, dict):
+        return {k: _map(fn, v, *(o[k] for o in others)) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [_map(fn, v, *(o[i] for o in others)) for i, v in enumerate(tree)]
+    assert not isinstance(tree, torch.Tensor), "a tensor that is no Leaf would be left out"
+    return tree
+
+
+class Progress:
+    """
+    Lines of progress with the time that is left, at most one in `every` seconds. `total` counts what `step` is told, shown
+    in `unit`s.
+    """
+    def __init__(self, what: str, total: float, unit: str = "", every: float = 15.0):
+        self.what, self.total, self.unit, self.every = what, total, unit, every
+        self.start = self.said = time.perf_counter()
+        self.done = 0
+
+    def step(self, n: float = 1) -> None:
+        self.done += n
+        now = time.perf_counter()
+        if now - self.said > self.every:
+            self.said = now
+            left = (now - self.start) * (self.total / self.done - 1)
+            shown = (f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {self.done / (now - self.start) / 1e6:.0f} MB/s"
+                     if self.unit == "bytes" else f"{self.done:.0f} of {self.total:.0f} {self.unit}")
+            print0(f"{self.what}: {shown}, ETA {left:.0f} s")
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+
+@contextlib.contextmanager
+def seeded(seed: int, name: str):
+    """Within it torch's CPU generator depends on seed and name alone: tensors may be made in any order, and again."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, name))
+        yield
+
+
+def seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "big")
