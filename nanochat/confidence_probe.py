@@ -7,6 +7,7 @@ remain get wider. Controls turns both into decisions, for the engine (token by t
 of a text at once): the two decide alike, since a token's decision depends on its own state, and a row's widening only on
 the tokens before.
 """
+import functools
 import itertools
 import math
 
@@ -184,6 +185,7 @@ class Controls:
         return exits, levels
 
 
+@functools.lru_cache(maxsize=4)  # a model's costs do not change, and every answer asks for them
 def level_shares(model) -> tuple[torch.Tensor, float]:
     """
     (n_block, n_levels) fp64: the FLOPs of each block at each level as shares of the whole model at full width, half its
