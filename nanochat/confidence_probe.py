@@ -55,9 +55,10 @@ class LayerDimPredictor(nn.Module):
     Also called difficulty estimator: from the embeddings of a prompt and a compute budget, a level for every block.
     Each token's features are pooled by mean and by maximum. Its parameters stay fp32; out is (n_block, n_levels, hidden) so
     that growth appends levels behind the old ones. The budget enters as bumps along (0, 1]: as a single number beside so
-    many features it was ignored (dev/LOG.md).
+    many features it was ignored. Logits are capped: they ran into the hundreds, where no draw shows another level
+    (dev/LOG.md).
     """
-    BUMPS = 8
+    BUMPS, CAP = 8, 6.0
     def __init__(self, width: int, n_block: int, n_levels: int):
         super().__init__()
         hidden = min(256, max(64, width // 2))
@@ -89,7 +90,8 @@ class LayerDimPredictor(nn.Module):
         centres = torch.arange(1, self.BUMPS + 1, device=e.device) / self.BUMPS
         bumps = 4 * torch.exp(-((budget.float()[:, None] - centres) * self.BUMPS).square())
         hidden = F.silu(self.c_mid(torch.cat((mean, top, count.float().log2() / 8, bumps), -1)))
-        return torch.einsum("bh,nlh->bnl", hidden, self.out_weight) + self.out_bias
+        logits = torch.einsum("bh,nlh->bnl", hidden, self.out_weight) + self.out_bias
+        return self.CAP * torch.tanh(logits / self.CAP)
 
     def flops(self, tokens: int) -> int:
         """Of one prompt."""
@@ -99,9 +101,13 @@ class LayerDimPredictor(nn.Module):
 def gumbel_choice(logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None) -> torch.Tensor:
     """
     Straight-through Gumbel-softmax (Jang et al. 2017, arXiv 1611.01144): a one-hot sample of softmax(logits) over the last
-    dim, whose gradient is that of the soft sample at this temperature.
+    dim of (B, n_block, n_levels), whose gradient is that of the soft sample at this temperature. In half the rows all blocks
+    share one noise: one narrow block among many can spoil an answer, so that independent draws would hardly ever show what
+    a wide plan is worth.
     """
-    uniform = torch.rand(logits.shape, generator=generator).to(logits.device).clamp(1e-9, 1 - 1e-7)
+    uniform = torch.rand(logits.shape, generator=generator)
+    alike = torch.rand(len(logits), 1, 1, generator=generator) < 0.5
+    uniform = torch.where(alike, uniform[:, :1], uniform).to(logits.device).clamp(1e-9, 1 - 1e-7)
     soft = ((logits - (-uniform.log()).log()) / temperature).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), soft.size(-1)).to(soft)
     return hard + (soft - soft.detach())

@@ -144,10 +144,13 @@ def test_the_cost_of_many_tokens_is_that_of_each(hybrid):
 
 
 def test_gumbel_choice_samples_the_distribution():
-    logits = torch.tensor([0.0, 1.0, -1.0]).expand(20000, 3)
+    logits = torch.tensor([0.0, 1.0, -1.0]).expand(20000, 2, 3)
     got = gumbel_choice(logits, 1.0, torch.Generator().manual_seed(0))
     assert set(got.unique().tolist()) == {0.0, 1.0} and bool((got.sum(-1) == 1).all())
-    torch.testing.assert_close(got.mean(0), logits[0].softmax(-1), atol=0.015, rtol=0)
+    p = logits[0, 0].softmax(-1)
+    torch.testing.assert_close(got.mean((0, 1)), p, atol=0.015, rtol=0)
+    alike = (got[:, 0] * got[:, 1]).sum(-1).mean()  # half the rows by design, the others by chance
+    assert float(alike) == pytest.approx(0.5 + 0.5 * float(p.square().sum()), abs=0.015)
 
 
 def grads(model):
