@@ -91,7 +91,7 @@ def small_base(args) -> GPTConfig:
 
 def growth(args) -> dict:
     """Curves of the second phase by factor, then by run, then by seed."""
-    config = replace(HybridConfig.from_base(small_base(args)), mamba_headdim=32, mamba_group_width=96,
+    config = replace(HybridConfig.from_base(small_base(args)), mamba_headdim=16, mamba_group_width=48,
                      mamba_d_state=32)
     text = Text(args.steps + args.more_steps, args.rows)
     result = {"settings": {**vars(args), "config": asdict(config)}, "before": [], "curves": {}}
