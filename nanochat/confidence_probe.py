@@ -90,8 +90,8 @@ class LayerDimPredictor(nn.Module):
         centres = torch.arange(1, self.BUMPS + 1, device=e.device) / self.BUMPS
         bumps = 4 * torch.exp(-((budget.float()[:, None] - centres) * self.BUMPS).square())
         hidden = F.silu(self.c_mid(torch.cat((mean, top, count.float().log2() / 8, bumps), -1)))
-        logits = torch.einsum("bh,nlh->bnl", hidden, self.out_weight) + self.out_bias
-        return self.CAP * torch.tanh(logits / self.CAP)
+        logits = torch.einsum("bh,nlh->bnl", hidden, self.out_weight)
+        return self.CAP * torch.tanh(logits / self.CAP) + self.out_bias  # not capped: growth puts new levels far below
 
     def flops(self, tokens: int) -> int:
         """Of one prompt."""
