@@ -9,7 +9,7 @@ from conftest import language_parameters
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.loss_eval import Student, matryoshka_backward
-from scripts import base_train, chat_cli, extract, fractal_eval, fractal_train, surgery, tok_train
+from scripts import base_train, chat_cli, extract, fractal_eval, fractal_train, frontier, surgery, tok_train
 
 SMALL = ["--device-batch-size", "4", "--total-batch-size", "256", "--eval-tokens", "512", "--eval-every", "-1",
          "--log-every", "5"]
@@ -106,6 +106,12 @@ def test_controls_are_trained_calibrated_and_used(home, cwd, capsys):
     loaded = ckpt.load(auto)
     assert loaded.info["calibration"] == json.loads(json.dumps(evidence)) and evidence["sequences"] == 12
     assert loaded.model.config.exit_threshold == evidence["exit_threshold"]
+
+    rows = frontier.main(["--checkpoint", str(auto), *docs, "--eval-tokens", "256", "--device-batch-size", "2", "--budgets",
+                          "1.0", "--thresholds", "1.0,0.4", "--beside", f"itself={auto}"])["rows"]
+    full, never, early, itself = rows[0], *rows[-3:]
+    assert never["bpb"] == pytest.approx(full["bpb"], rel=1e-5) and itself["bpb"] == full["bpb"]
+    assert never["share"] > 1 > early["share"]  # the controls cost something, exits save more
 
     capsys.readouterr()
     chat_cli.main(["--checkpoint", str(auto), "-p", "Line 7", "--mode", "auto", "--max-tokens", "9", "--trace"])
