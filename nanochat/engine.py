@@ -17,7 +17,7 @@ import torch
 from nanochat.cache import MatryoshkaKVCache
 from nanochat.common import get_compute_dtype
 from nanochat.confidence_probe import Controls, check_trained, pad
-from nanochat.mamba_block import FP32_PARAMS
+from nanochat.hybrid_gpt import stays_fp32
 from nanochat.matryoshka import token_flops
 
 
@@ -30,7 +30,7 @@ def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None)
     dtype = dtype or get_compute_dtype(device_type)
     for name, p in model.named_parameters():
         p.requires_grad_(False)
-        if not (".mamba." in name and name.endswith(FP32_PARAMS)) and not name.startswith(("gate.", "predictor.")):
+        if not stays_fp32(name):
             p.data = p.data.to(dtype)
     model.compute_dtype = dtype
     model.to(device_type).eval()

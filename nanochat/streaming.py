@@ -18,7 +18,7 @@ from torch.serialization import skip_data
 
 from nanochat.checkpoint_manager import build_model, check_state, load_torch
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.mamba_block import FP32_PARAMS
+from nanochat.hybrid_gpt import stays_fp32
 
 WRITE_BYTES = 1 << 26
 
@@ -38,8 +38,7 @@ class State:
 
     def stored(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype that `name` has in a file of this dtype: what the recurrence and the controls need stays fp32."""
-        keep = (".mamba." in name and name.endswith(FP32_PARAMS)) or name.startswith(("gate.", "predictor."))
-        return torch.promote_types(dtype, torch.float32) if keep else dtype
+        return torch.promote_types(dtype, torch.float32) if stays_fp32(name) else dtype
 
     def rounded(self, dtype: torch.dtype) -> "State":
         """This state as a file of `dtype` would give it back."""

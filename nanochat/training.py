@@ -118,6 +118,17 @@ def muon_momentum(step: int) -> float:
     return 0.85 + 0.10 * min(step / 300, 1)
 
 
+def set_rates(optimizers, step: int, total: int, warmup_ratio: float, warmdown_ratio: float) -> float:
+    """Learning rates and Muon's momentum of a step, of `total`. Returns the multiplier of the rates."""
+    scale = lr_multiplier(step, total, warmup_ratio, warmdown_ratio)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+            if "momentum" in group:
+                group["momentum"] = muon_momentum(step)
+    return scale
+
+
 class Run:
     """
     A training run in one folder. `settings` (all flags that change what is computed, and the source) are stored with
@@ -226,12 +237,8 @@ class Run:
                     x, y = next(batches)
                     for k, v in backward(step, x, y, 1 / passes).items():
                         losses[k] = losses.get(k, 0) + v / passes
-                scale = lr_multiplier(step, total, args.warmup_ratio, args.warmdown_ratio)
+                scale = set_rates(optimizers, step, total, args.warmup_ratio, args.warmdown_ratio)
                 for opt in optimizers:
-                    for group in opt.param_groups:
-                        group["lr"] = group["initial_lr"] * scale
-                        if "momentum" in group:
-                            group["momentum"] = muon_momentum(step)
                     opt.step()
                 model.zero_grad(set_to_none=True)
                 losses = {k: float(v) for k, v in losses.items()}  # waits for the device

@@ -34,17 +34,8 @@ from nanochat.loss_eval import (
     some_tokens,
 )
 from nanochat.optim import setup_optimizers
+from nanochat.stages import set_trained
 from nanochat.training import Run, add_training_args, compile_blocks, derive_batch
-
-CONTROLS = ("gate.", "predictor.")
-
-
-def freeze_base(model) -> None:
-    """Stage 1's rule, what is new is trained and what is old is frozen: only what surgery added keeps its gradient."""
-    for name, p in model.named_parameters():
-        block = model.transformer.h[int(name.split(".")[2])] if name.startswith("transformer.h.") else None
-        p.requires_grad_(name.startswith(("value_embeds.", *CONTROLS)) or ".ve_gate." in name
-                         or (block is not None and block.kind == "mamba"))
 
 
 def random_splits(rows: int, T: int, generator: torch.Generator) -> torch.Tensor:
@@ -91,15 +82,8 @@ def main(argv=None):
     folder = get_base_dir() / "fractal_checkpoints" / f"{args.tag}_{config.n_embd}{suffix}"
     if folder.resolve() == file.parent.resolve():
         raise ValueError(f"{folder} is both the source and the destination: name another family with --tag")
-    if args.controls:
-        for name, p in model.named_parameters():
-            p.requires_grad_(name.startswith(CONTROLS))
-    elif not args.unfreeze:
-        freeze_base(model)
-    if not args.controls:  # which the predictor's own runs train
-        model.predictor.requires_grad_(False)
-    if not (args.controls or args.matryoshka):
-        model.gate.requires_grad_(False)
+    phase = "controls" if args.controls else "unfrozen" if args.unfreeze else f"stage {args.stage}"
+    set_trained(model, phase, gate=args.matryoshka)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts = model.num_params()
     print0("parameters " + ", ".join(f"{k} {v:,}" for k, v in counts.items()) + f"; trained {trained:,}")

@@ -31,10 +31,12 @@ from nanochat.hybrid_gpt import HybridConfig
 from nanochat.loss_eval import Shadow, controls_backward, gate_loss, matryoshka_backward, sample_students
 from nanochat.matryoshka import norm, token_flops
 from nanochat.optim import setup_optimizers
-from nanochat.training import lr_multiplier, muon_momentum
+from nanochat.stages import set_trained
+from nanochat.training import set_rates
 from tiny_experiment.tasks import DIFFICULTIES, Encoder, draw_many, make_tokenizer
 
 DELTA, EPSILON = 0.01, 0.05
+SCHEDULE = 0.02, 0.98  # shares of the steps that warm up and down
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,12 @@ def finish_step(model, optimizers) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def set_rates(optimizers, step: int, total: int) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_multiplier(step, total, 0.02, 0.98)
-            if "momentum" in group:
-                group["momentum"] = muon_momentum(step)
-
-
 def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
     """Everything but the controls; the losses of each step."""
     optimizers = setup_optimizers(model, embedding_lr=0.1)
     progress, history = Progress("model", s.steps), []
     for step in range(s.steps):
-        set_rates(optimizers, step, s.steps)
+        set_rates(optimizers, step, s.steps, *SCHEDULE)
         instances = draw_many(seed * 1_000_003 + step, s.rows, "train")
         total, seen, losses = sum(len(i.answer) + 1 for i in instances), 0, {}
         for k, piece in pieces_of(instances, s):
@@ -131,12 +125,11 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
 
 def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
     """Gate and predictor on the finished model; the losses of each step."""
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(("gate.", "predictor.")))
+    set_trained(model, "controls")
     optimizers = setup_optimizers(model, control_lr=0.003)
     progress, history = Progress("controls", s.control_steps), []
     for step in range(s.control_steps):
-        set_rates(optimizers, step, s.control_steps)
+        set_rates(optimizers, step, s.control_steps, *SCHEDULE)
         rank, world = get_rank()
         number = (seed * 1_000_003 + step) * world + rank
         x, y, starts = encoder.batch(draw_many(number + 500_000, s.control_rows // world, "train"))
