@@ -52,7 +52,8 @@ class ConfidenceGate(nn.Module):
 
 class LayerDimPredictor(nn.Module):
     """
-    Also called difficulty estimator: from the embeddings of a prompt and a compute budget, a level for every block.
+    Also called difficulty estimator: from the embeddings of a prompt and a compute budget, a logit for every level of every
+    block: log-odds, or the value in nats of running the block at that level, as it was trained (loss_eval.py).
     Each token's features are pooled by mean and by maximum. Its parameters stay fp32; out is (n_block, n_levels, hidden) so
     that growth appends levels behind the old ones. The budget enters as bumps along (0, 1]: as a single number beside so
     many features it was ignored. Logits are capped: they ran into the hundreds, where no draw shows another level
@@ -105,12 +106,33 @@ def gumbel_choice(logits: torch.Tensor, temperature: float, generator: torch.Gen
     share one noise: one narrow block among many can spoil an answer, so that independent draws would hardly ever show what
     a wide plan is worth.
     """
+    soft = ((logits + _gumbel(logits, generator)) / temperature).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), soft.size(-1)).to(soft)
+    return hard + (soft - soft.detach())
+
+
+def _gumbel(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Gumbel noise for logits (B, n_block, n_levels), in half the rows the same for all blocks."""
     uniform = torch.rand(logits.shape, generator=generator)
     alike = torch.rand(len(logits), 1, 1, generator=generator) < 0.5
     uniform = torch.where(alike, uniform[:, :1], uniform).to(logits.device).clamp(1e-9, 1 - 1e-7)
-    soft = ((logits - (-uniform.log()).log()) / temperature).softmax(-1)
-    hard = F.one_hot(soft.argmax(-1), soft.size(-1)).to(soft)
-    return hard + (soft - soft.detach())
+    return -(-uniform.log()).log()
+
+
+def random_price(u: torch.Tensor) -> torch.Tensor:
+    """u in (0, 1) -> a price of compute from 0.01 to 3 nats per whole model, log-uniform if u is uniform."""
+    return 10 ** (2.5 * u - 2)
+
+
+@torch.no_grad()
+def draw_plans(logits: torch.Tensor, shares: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """
+    Plans to learn values from, indices of levels (B, n_block): near the best at a price of compute that each row draws for
+    itself; in a quarter of the rows at random. logits (B, n_block, n_levels) in nats, shares (n_block, n_levels).
+    """
+    price, blind = torch.rand(2, len(logits), 1, 1, generator=generator).to(logits.device)
+    wish = (logits - random_price(price) * shares.to(logits)) / 0.3
+    return (torch.where(blind < 0.25, 0, wish) + _gumbel(logits, generator)).argmax(-1)
 
 
 def gumbel_temperature(step: int, total: int) -> float:

@@ -21,7 +21,7 @@ import torch
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, get_base_dir, print0
-from nanochat.confidence_probe import gumbel_temperature
+from nanochat.confidence_probe import budget_grid, calibrate_prices, gumbel_temperature
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
 from nanochat.loss_eval import (
@@ -43,6 +43,13 @@ def random_splits(rows: int, T: int, generator: torch.Generator) -> torch.Tensor
     return torch.randint(max(1, T // 8), max(2, T // 2), (rows,), generator=generator)
 
 
+def uncalibrated(model, tokenizer, data, rows: int = 64) -> dict:
+    """What mode auto needs before any threshold is calibrated: the prices that make plans meet a budget on held-out text."""
+    T = model.config.sequence_len
+    x, _ = next(iter(DataLoader(tokenizer, data, "val", rows, T, device=model.device)))
+    return {"budget": 1.0, "prices": calibrate_prices(model, x[:, :max(1, T // 4)].tolist(), budget_grid(model))}
+
+
 @cli
 def main(argv=None):
     p = argparse.ArgumentParser(description="Train a hybrid at sampled widths, stage by stage.")
@@ -57,6 +64,9 @@ def main(argv=None):
                    help="sample one width per block and step, instead of a pass at every level in every step")
     p.add_argument("--controls", action="store_true",
                    help="train the predictor and the gate alone, for mode auto, and leave the model as it is")
+    p.add_argument("--predictor", choices=["value", "gumbel"], default="value",
+                   help="with --controls: how the predictor learns, by regression on what plans cost, or by "
+                        "straight-through Gumbel-softmax (default: value, the better one)")
     p.add_argument("--tag", default=None, help="name of the family (default: the checkpoint's)")
     add_training_args(p)
     args = p.parse_args(argv)
@@ -64,6 +74,8 @@ def main(argv=None):
         raise ValueError("--sample-dim has no effect without --matryoshka: add it, or drop --sample-dim")
     if args.controls and (args.matryoshka or args.unfreeze):
         raise ValueError("--controls trains nothing but the controls: drop --matryoshka, --sample-dim and --unfreeze")
+    if args.predictor != "value" and not args.controls:
+        raise ValueError("--predictor has no effect without --controls: add it, or drop --predictor")
     if args.lr_scale is None:
         args.lr_scale = 0.3 if args.unfreeze else 1.0
 
@@ -112,8 +124,8 @@ def main(argv=None):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rows, T = x.shape
         if args.controls:
-            return controls_backward(model, x, y, random_splits(rows, T, generator), generator,
-                                     gumbel_temperature(step, args.num_iterations), scale=scale)
+            temperature = gumbel_temperature(step, args.num_iterations) if args.predictor == "gumbel" else None
+            return controls_backward(model, x, y, random_splits(rows, T, generator), generator, temperature, scale=scale)
         if not args.matryoshka:
             return matryoshka_backward(model, x, y, [], scale)
         students = [Student(d) for d in config.levels if d < config.top_width]
@@ -133,7 +145,7 @@ def main(argv=None):
         "tag": args.tag, "provenance": {"trained": suffix[1:] or f"stage {args.stage}",
                                         "steps": args.num_iterations, "source_sha256": source,
                                         "from": info.get("provenance")}, "figures": figures,
-        "loader": run.loader})
+        "loader": run.loader, **({"calibration": uncalibrated(model, tokenizer, data)} if args.controls else {})})
     print0(f"wrote {folder}: {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte at full width")
     return figures
 

@@ -24,7 +24,6 @@ from nanochat.confidence_probe import (
     calibrate_prices,
     calibrated_thresholds,
     fixed_sequence,
-    gumbel_temperature,
 )
 from nanochat.engine import Engine, Trace, prepare_inference
 from nanochat.hybrid_gpt import HybridConfig
@@ -126,7 +125,7 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
 def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
     """Gate and predictor on the finished model; the losses of each step."""
     set_trained(model, "controls")
-    optimizers = setup_optimizers(model, control_lr=0.003)
+    optimizers = setup_optimizers(model, control_lr=0.01)
     progress, history = Progress("controls", s.control_steps), []
     for step in range(s.control_steps):
         set_rates(optimizers, step, s.control_steps, *SCHEDULE)
@@ -135,7 +134,7 @@ def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict
         x, y, starts = encoder.batch(draw_many(number + 500_000, s.control_rows // world, "train"))
         generator = torch.Generator().manual_seed(number)
         y = at_most(3, y, generator)  # or the long answers of easy tasks would speak for all
-        losses = controls_backward(model, x, y, starts, generator, gumbel_temperature(step, s.control_steps), 512, 1 / world)
+        losses = controls_backward(model, x, y, starts, generator, tokens=512, scale=1 / world)
         finish_step(model, optimizers)
         history.append({k: float(v) for k, v in losses.items()})
         progress.step(1, " | ".join(f"{k} {v:.3f}" for k, v in history[-1].items()))
