@@ -9,7 +9,17 @@ from conftest import language_parameters
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.loss_eval import Student, matryoshka_backward
-from scripts import base_train, chat_cli, extract, fractal_eval, fractal_train, frontier, surgery, tok_train
+from scripts import (
+    base_train,
+    chat_cli,
+    compare_steps,
+    extract,
+    fractal_eval,
+    fractal_train,
+    frontier,
+    surgery,
+    tok_train,
+)
 
 SMALL = ["--device-batch-size", "4", "--total-batch-size", "256", "--eval-tokens", "512", "--eval-every", "-1",
          "--log-every", "5"]
@@ -308,3 +318,16 @@ def test_every_flag_has_help(script, capsys):
     assert e.value.code == 0
     flags = [x.strip() for x in capsys.readouterr().out.splitlines() if x.startswith("  -")]
     assert len(flags) >= 4
+
+
+def test_compare_steps_spends_the_same_on_every_kind(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    result = compare_steps.main(["--steps", "2", "--more-steps", "3", "--seeds", "1", "--width", "32", "--rows", "4",
+                                 "--layers", "1"])
+    steps = {k: v[0] for k, v in result["steps"].items()}
+    assert steps["full passes only"] == 3 and steps["teacher and student"] == 2
+    assert steps["one pass at sampled levels"] >= steps["half the rows each, no teacher"] >= 3
+    assert all(len(v) == 1 and 0 < v[0] < 12 for modes in result["bpb"].values() for v in modes.values())
+    assert (tmp_path / "compare_steps.json").is_file()
+    with pytest.raises(SystemExit):
+        compare_steps.main(["--rows", "1"])

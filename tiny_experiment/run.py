@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from nanochat.checkpoint_manager import build_model, save_export
-from nanochat.common import Progress, get_rank, print0
+from nanochat.common import Progress, get_compute_dtype, get_rank, print0
 from nanochat.confidence_probe import (
     THRESHOLDS,
     Controls,
@@ -41,14 +41,15 @@ SCHEDULE = 0.02, 0.98  # shares of the steps that warm up and down
 @dataclass(frozen=True)
 class Settings:
     """
-    Sizes of one run. `pieces`: passes per step, of rows of like length, since padding costs as much as text. processes:
-    each on one core, with its own pieces; on a small model that is nearly twice as fast as two threads in one process.
+    Sizes of one run. `pieces`: passes per step, of rows of like length, since padding costs as much as text; half of them
+    have a narrow pass too. processes: each on one core, with its own pieces; on a small model that is nearly twice as fast
+    as two threads in one process.
     """
-    steps: int = 950
-    students_from: int = 270  # the step from which narrow passes learn, from a teacher that is worth it by then
+    steps: int = 1350
+    students_from: int = 350  # the step from which narrow passes learn, from a teacher that is worth it by then
     rows: int = 128
     pieces: int = 4
-    control_steps: int = 180
+    control_steps: int = 300
     control_rows: int = 128
     calibration: int = 1350
     test: int = 900
@@ -98,7 +99,7 @@ def finish_step(model, optimizers) -> None:
 
 def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
     """Everything but the controls; the losses of each step."""
-    optimizers = setup_optimizers(model, embedding_lr=0.1)
+    optimizers, model.compute_dtype = setup_optimizers(model, embedding_lr=0.1), get_compute_dtype("cpu")
     progress, history = Progress("model", s.steps), []
     for step in range(s.steps):
         set_rates(optimizers, step, s.steps, *SCHEDULE)
@@ -107,9 +108,10 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
         for k, piece in pieces_of(instances, s):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * s.pieces + k)
             x, y, starts = encoder.batch(piece)
-            expanding = len(x) if k == step % s.pieces else 0  # a quarter of all rows, in one pass
-            students = [] if step < s.students_from else sample_students(model.config, len(x), x.size(1), starts - 1,
-                                                                         generator, expanding)
+            students = []
+            if step >= s.students_from and k * 2 // s.pieces == step % 2:  # the shorter half and the longer in turns
+                expanding = len(x) if (step // 2 + k) % 4 == 0 else 0  # a quarter of the rows, in passes of their own
+                students = sample_students(model.config, len(x), x.size(1), starts - 1, generator, expanding)
             count = int((y >= 0).sum())
             losses_here = matryoshka_backward(model, x, y, students, count / total)
             for name, v in losses_here.items():
@@ -125,6 +127,7 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
 def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
     """Gate and predictor on the finished model; the losses of each step."""
     set_trained(model, "controls")
+    model.compute_dtype = torch.float32
     optimizers = setup_optimizers(model, control_lr=0.01)
     progress, history = Progress("controls", s.control_steps), []
     for step in range(s.control_steps):
