@@ -9,6 +9,7 @@ from conftest import language_parameters
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.loss_eval import Student, matryoshka_backward
+from nanochat.surgery import extract as surgery_extract
 from scripts import (
     base_train,
     chat_cli,
@@ -212,6 +213,19 @@ def test_a_changed_source_is_noticed(home, cwd, capsys):
     fails(capsys, fractal_train.main, [*args, str(cwd / "hybrid_checkpoints/d2_64")], "source_sha256", "--fresh")
 
 
+def test_a_fresh_model_of_a_sub_models_size(home, cwd):
+    surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
+    hybrid = str(cwd / "hybrid_checkpoints/d2_64")
+    for name, more in (("a", []), ("b", []), ("c", ["--seed", "1"])):
+        extract.main(["--checkpoint", hybrid, "--mode", "normal", "--dst", str(cwd / name), "--fresh", *more])
+    a, b, c = (ckpt.load(str(cwd / name))[0] for name in "abc")
+    whole = ckpt.load(hybrid)[0]
+    assert a.config.top_width == 32 and a.num_params() == surgery_extract(whole, "normal").num_params()
+    assert all(torch.equal(p, b.get_parameter(n)) for n, p in a.named_parameters())
+    for other in (c, surgery_extract(whole, "normal")):
+        assert not torch.equal(a.transformer.wte.weight, other.transformer.wte.weight)
+
+
 def test_an_extracted_model_trains(home, cwd):
     surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
     extract.main(["--checkpoint", str(cwd / "hybrid_checkpoints/d2_64"), "--mode", "normal", "--dst", str(cwd / "small")])
@@ -262,6 +276,8 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
     fails(capsys, fractal_eval.main, ["--checkpoint", hybrid, "--eval-tokens", "0"], "at least 1")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "auto", "-p", "x"], "needs trained controls")
     fails(capsys, extract.main, ["--checkpoint", hybrid, "--mode", "normal", "--dst", base], "not empty")
+    fails(capsys, extract.main, ["--checkpoint", hybrid, "--mode", "normal", "--dst", str(cwd / "x"), "--seed", "1"],
+          "no effect without --fresh")
     fails(capsys, extract.main, ["--checkpoint", base, "--mode", "normal", "--dst", str(cwd / "new")], "only a hybrid")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "loud", "-p", "x"], "unknown mode 'loud'", "ghost")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "48", "-p", "x"], "48 is not a level", "32, 64")

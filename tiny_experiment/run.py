@@ -41,12 +41,11 @@ SCHEDULE = 0.02, 0.98  # shares of the steps that warm up and down
 @dataclass(frozen=True)
 class Settings:
     """
-    Sizes of one run. `pieces`: passes per step, of rows of like length, since padding costs as much as text; half of them
-    have a narrow pass too. processes: each on one core, with its own pieces; on a small model that is nearly twice as fast
-    as two threads in one process.
+    Sizes of one run. `pieces`: passes per step, of rows of like length, since padding costs as much as text. processes:
+    each on one core, with its own pieces; on a small model that is nearly twice as fast as two threads in one process.
     """
-    steps: int = 1350
-    students_from: int = 350  # the step from which narrow passes learn, from a teacher that is worth it by then
+    steps: int = 1100
+    students_from: int = 250  # the step from which narrow passes learn, from a teacher that is worth it by then
     rows: int = 128
     pieces: int = 4
     control_steps: int = 300
@@ -108,10 +107,9 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
         for k, piece in pieces_of(instances, s):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * s.pieces + k)
             x, y, starts = encoder.batch(piece)
-            students = []
-            if step >= s.students_from and k * 2 // s.pieces == step % 2:  # the shorter half and the longer in turns
-                expanding = len(x) if (step // 2 + k) % 4 == 0 else 0  # a quarter of the rows, in passes of their own
-                students = sample_students(model.config, len(x), x.size(1), starts - 1, generator, expanding)
+            expanding = len(x) if k == step % s.pieces else 0  # a quarter of all rows, in one pass
+            students = [] if step < s.students_from else sample_students(model.config, len(x), x.size(1), starts - 1,
+                                                                         generator, expanding)
             count = int((y >= 0).sum())
             losses_here = matryoshka_backward(model, x, y, students, count / total)
             for name, v in losses_here.items():
