@@ -17,6 +17,8 @@ import torch.nn.functional as F
 
 from nanochat.matryoshka import cost_table, norm
 
+NEW_LEVEL_LOGIT = -10.0  # of a level that growth appends, against that of the old full width: no plan of before changes
+
 
 class ConfidenceGate(nn.Module):
     """
@@ -93,6 +95,16 @@ class LayerDimPredictor(nn.Module):
         hidden = F.silu(self.c_mid(torch.cat((mean, top, count.float().log2() / 8, bumps), -1)))
         logits = torch.einsum("bh,nlh->bnl", hidden, self.out_weight)
         return self.CAP * torch.tanh(logits / self.CAP) + self.out_bias  # not capped: growth puts new levels far below
+
+    @torch.no_grad()
+    def admit_new_levels(self) -> None:
+        """
+        Training begins: levels that growth put far below the others become as good as the one before each, or a
+        regression of values would take a thousand steps to see them. Ties go to the narrower level, so plans stay.
+        """
+        for level in range(1, self.out_bias.size(1)):
+            far = self.out_bias[:, level] <= self.out_bias[:, level - 1] + NEW_LEVEL_LOGIT
+            self.out_bias[:, level] = torch.where(far, self.out_bias[:, level - 1], self.out_bias[:, level])
 
     def flops(self, tokens: int) -> int:
         """Of one prompt."""

@@ -106,6 +106,8 @@ def main(argv=None):
 
     source = ckpt.sha256(file)
     run = Run(folder, args, {"source_sha256": source, "dtype": str(dtype)})
+    if args.controls:
+        model.predictor.admit_new_levels()
     run.restore(model)
     token_bytes = tokenizer.token_bytes()
     eval_steps = max(1, args.eval_tokens // (args.device_batch_size * T))
