@@ -11,9 +11,9 @@ import torch
 
 from nanochat.native import library
 
-# Rows (batch x tokens) up to which the operators are used. At 16, on two Zen 4 cores, they are 1.4x (bf16) to 2x (fp32)
-# as fast as torch's products; beyond 32 those gain.
-MAX_ROWS = 32
+# Rows (batch x tokens) up to which the operators are used. On two Zen 4 cores they are 1.5x (bf16) to 2x (fp32) as fast as
+# torch's products at 16, level (bf16) to 1.5x at 48; beyond, torch's gain.
+MAX_ROWS = 48
 
 # Numbers of pointers, sizes and floats that each takes, in this order.
 _OPERATORS = {"norm": (2, 2, 2), "linear": (3, 5, 0), "mlp": (4, 6, 2), "attention": (15, 13, 2), "mamba": (15, 12, 1),

@@ -155,20 +155,24 @@ template <class P> inline void put_input(typename P::Input* p, float x) {
     put(&rounded, x);
     if constexpr (std::is_same_v<typename P::Input, typename P::Stored>) *p = rounded; else *p = widen(rounded);
 }
-inline int64_t padded(int64_t k) { return (k + 31) / 32 * 32; }  // distance of input rows, in values
+inline int64_t padded(int64_t k) { return (k + 31) / 32 * 32 + 32; }  // distance of input rows, in values, not a power of two
 
 template <class P> struct Matrix { const typename P::Stored* w; int64_t rows, k, stride; };
 
-// y (R, O) = R input rows times O weight rows, which lie `stride` apart. Weights are not called for ahead of their use:
-// the CPU's own prefetching reads a single stream at 24 GB/s a core, with instructions for it, whatever their distance
-// and level, it was 15 to 20.
+// y (R, O) = R input rows times O weight rows, which lie `stride` apart. A single input row calls for no weights ahead of
+// their use: the CPU's own prefetching reads one stream at 24 GB/s a core, with instructions for it, whatever their distance
+// and level, it was 15 to 20. Several rows take longer than the reading, and the next weights come into the second-level
+// cache meanwhile: eight rows then cost 1.1 (fp32) of one.
 template <class P, int R, int O>
 void tile(const typename P::Stored* w, int64_t stride, int64_t k, const typename P::Input* x, float* y) {
     const int64_t pad = padded(k);
     vec s[R][O] = {};
     auto step = [&](auto pack, int64_t i) {
         typename P::Pack b[O];
-        for (int o = 0; o < O; o++) b[o] = pack(w + o * stride + i);
+        for (int o = 0; o < O; o++) {
+            b[o] = pack(w + o * stride + i);
+            if (R > 1) __builtin_prefetch(w + (O + o) * stride + i, 0, 2);
+        }
         for (int r = 0; r < R; r++) {
             typename P::Pack a = pack(x + r * pad + i);
             for (int o = 0; o < O; o++) s[r][o] = P::add(s[r][o], b[o], a);
@@ -184,7 +188,7 @@ void tile(const typename P::Stored* w, int64_t stride, int64_t k, const typename
 // The input rows row..row+R-1 times the weight rows from..to, by tiles as large as the vector registers.
 template <class P, int R, class Emit>
 void strip(const Matrix<P>& m, int64_t from, int64_t to, const typename P::Input* x, int64_t row, Emit emit) {
-    constexpr int O = R == 8 ? 3 : R == 4 ? 6 : R == 2 ? 8 : 1;
+    constexpr int O = R >= 7 ? 3 : R >= 5 ? 4 : R >= 3 ? 6 : R == 2 ? 8 : 1;
     for (int64_t o = from; o < to;) {
         float y[R * O];
         const int got = o + O <= to ? O : 1;
@@ -204,9 +208,15 @@ int64_t multiply(Phase& phase, const Matrix<P>& m, const typename P::Input* x, i
         const int64_t from = i * BLOCK, to = std::min(from + BLOCK, m.rows);
         int64_t row = 0;
         for (; row + 8 <= n; row += 8) strip<P, 8>(m, from, to, x, row, emit);
-        if (n - row >= 4) { strip<P, 4>(m, from, to, x, row, emit); row += 4; }
-        if (n - row >= 2) { strip<P, 2>(m, from, to, x, row, emit); row += 2; }
-        if (n - row) strip<P, 1>(m, from, to, x, row, emit);
+        switch (n - row) {
+            case 1: return strip<P, 1>(m, from, to, x, row, emit);
+            case 2: return strip<P, 2>(m, from, to, x, row, emit);
+            case 3: return strip<P, 3>(m, from, to, x, row, emit);
+            case 4: return strip<P, 4>(m, from, to, x, row, emit);
+            case 5: return strip<P, 5>(m, from, to, x, row, emit);
+            case 6: return strip<P, 6>(m, from, to, x, row, emit);
+            case 7: return strip<P, 7>(m, from, to, x, row, emit);
+        }
     });
     return pieces;
 }
