@@ -62,6 +62,9 @@ def main(argv=None):
     p.add_argument("--matryoshka", action="store_true", help="also train narrow widths, by distillation from the full pass")
     p.add_argument("--sample-dim", action="store_true",
                    help="sample one width per block and step, instead of a pass at every level in every step")
+    p.add_argument("--draft-exit", type=int, default=None, metavar="BLOCKS",
+                   help="also teach the full width what the whole model says already after so many blocks: good drafts "
+                        "for lossless decoding")
     p.add_argument("--controls", action="store_true",
                    help="train the predictor and the gate alone, for mode auto, and leave the model as it is")
     p.add_argument("--predictor", choices=["value", "gumbel"], default="value",
@@ -72,8 +75,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.sample_dim and not args.matryoshka:
         raise ValueError("--sample-dim has no effect without --matryoshka: add it, or drop --sample-dim")
-    if args.controls and (args.matryoshka or args.unfreeze):
-        raise ValueError("--controls trains nothing but the controls: drop --matryoshka, --sample-dim and --unfreeze")
+    if args.controls and (args.matryoshka or args.unfreeze or args.draft_exit):
+        raise ValueError("--controls trains nothing but the controls: drop --matryoshka, --sample-dim, --draft-exit and "
+                         "--unfreeze")
     if args.predictor != "value" and not args.controls:
         raise ValueError("--predictor has no effect without --controls: add it, or drop --predictor")
     if args.lr_scale is None:
@@ -84,6 +88,9 @@ def main(argv=None):
         raise ValueError(f"{args.checkpoint} holds a base GPT: make a hybrid of it with "
                          "`python -m scripts.surgery --src ...`")
     config, T = model.config, model.config.sequence_len
+    if args.draft_exit is not None and args.draft_exit not in config.exit_points:
+        raise ValueError(f"--draft-exit {args.draft_exit} is no exit point of this model: choose one of "
+                         f"{', '.join(map(str, config.exit_points))}")
     device, dtype, passes = derive_batch(args, T)
     model.to(device).compute_dtype = dtype
     if args.compile:
@@ -128,12 +135,13 @@ def main(argv=None):
         if args.controls:
             temperature = gumbel_temperature(step, args.num_iterations) if args.predictor == "gumbel" else None
             return controls_backward(model, x, y, random_splits(rows, T, generator), generator, temperature, scale=scale)
+        drafts = [] if args.draft_exit is None else [Student(exits=torch.full((rows, T), args.draft_exit))]
         if not args.matryoshka:
-            return matryoshka_backward(model, x, y, [], scale)
+            return matryoshka_backward(model, x, y, drafts, scale)
         students = [Student(d) for d in config.levels if d < config.top_width]
         if args.sample_dim:
             students = sample_students(config, rows, T, random_splits(rows, T, generator), generator)
-        return matryoshka_backward(model, x, y, students, scale, some_tokens(y >= 0, GATE_TOKENS, generator))
+        return matryoshka_backward(model, x, y, students + drafts, scale, some_tokens(y >= 0, GATE_TOKENS, generator))
 
     if not run.finished:
         rates = [lr * args.lr_scale for lr in (args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)]

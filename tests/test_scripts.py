@@ -12,6 +12,8 @@ from nanochat.loss_eval import Student, matryoshka_backward
 from nanochat.surgery import extract as surgery_extract
 from scripts import (
     base_train,
+    bench,
+    bench_speculative,
     chat_cli,
     compare_steps,
     extract,
@@ -224,6 +226,39 @@ def test_a_fresh_model_of_a_sub_models_size(home, cwd):
     assert all(torch.equal(p, b.get_parameter(n)) for n, p in a.named_parameters())
     for other in (c, surgery_extract(whole, "normal")):
         assert not torch.equal(a.transformer.wte.weight, other.transformer.wte.weight)
+
+
+def test_drafts_are_trained_used_and_measured(home, cwd, capsys):
+    surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
+    hybrid, docs = str(cwd / "hybrid_checkpoints/d2_64"), ["--data", str(home / "docs")]
+    train = ["--checkpoint", hybrid, *docs, *SMALL, "--num-iterations", "3"]
+    fails(capsys, fractal_train.main, [*train, "--draft-exit", "3"], "no exit point", "choose one of 2")
+    fails(capsys, fractal_train.main, [*train, "--controls", "--draft-exit", "2"], "drop --matryoshka")
+    fractal_train.main([*train, "--unfreeze", "--draft-exit", "2"])
+    folder = cwd / "fractal_checkpoints/d2_64_unfrozen"
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-2])["kl"] > 0
+    capsys.readouterr()
+    chat = ["--checkpoint", str(folder), "-p", "Line 7", "--temperature", "0", "--max-tokens", "9"]
+    chat_cli.main(chat)
+    plain = capsys.readouterr().out
+    chat_cli.main([*chat, "--lossless", "--mode", "auto"])
+    assert capsys.readouterr().out == plain
+    chat_cli.main([*chat, "--lossless", "--trace"])
+    err = capsys.readouterr().err
+    assert "tokens were drafted" in err and "of plain decoding's" in err
+    fails(capsys, chat_cli.main, [*chat, "--lossless", "--budget", "0.5"], "drop --budget")
+
+    bench.main(["speculative", "--checkpoint", str(folder), *docs, "--prompts", "2", "--max-tokens", "9", "--table", "1",
+                "--proof", "18", "--json", str(cwd / "bench.json")])
+    result = json.loads((cwd / "bench.json").read_text())
+    assert {"speedup_b1", "speedup_b8", "acceptance", "mismatches"} <= set(result) and result["mismatches"] == 0
+    (model,) = result["models"].values()
+    assert model["proof"]["sequences"] == 18 and len(model["drafts"]) == 5 and model["sampled_b8"]["all"]["outputs"] == 8
+
+
+def test_outputs_that_loop_are_told():
+    assert bench_speculative.loops([9, 1, 5] + [3, 4] * 8) and bench_speculative.loops([7] * 10)
+    assert not bench_speculative.loops(list(range(30))) and not bench_speculative.loops([3, 4] * 8 + [5])
 
 
 def test_an_extracted_model_trains(home, cwd):
