@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.matryoshka import cost_table, norm
+from nanochat.common import Progress
+from nanochat.matryoshka import cost_table, norm, token_flops
 
 NEW_LEVEL_LOGIT = -10.0  # of a level that growth appends, against that of the old full width: no plan of before changes
 
@@ -220,6 +221,15 @@ class Controls:
             return self(rows, i, states, exits, levels, acts)
         return self.model.hidden(x, widths, control=decide), widths
 
+    def flops(self, at: torch.Tensor, per_point: float | None = None) -> torch.Tensor:
+        """
+        Of each of the N tokens at mask `at` (B, T) in the last parallel pass, (N,) fp64; per_point: of a decision (None: the
+        gate's).
+        """
+        ran = torch.stack([torch.as_tensor(w).expand(at.shape) for w in self.ran], -1)[at]
+        place = torch.arange(1, at.size(1) + 1).expand(at.shape)[at]
+        return token_flops(self.model, self.exits[at], ran, place, self.model.gate.flops if per_point is None else per_point)
+
     def __call__(self, rows, i, x, exits, levels, acts=None):
         """
         rows: which of the planned rows these are. acts (B, T) bool: where the gate may decide (None: everywhere).
@@ -382,24 +392,56 @@ def fixed_sequence(losses: torch.Tensor, delta: float, epsilon: float) -> tuple[
     return len(values) - 1, values
 
 
-def calibrate(losses_at, delta: float, epsilon: float,
-              thresholds: tuple[float, ...] = THRESHOLDS) -> tuple[dict, torch.Tensor]:
+def pareto_path(points: list[tuple[tuple[float, float], float, float]]) -> list[tuple[float, float]]:
     """
-    Chooses an exit threshold by Learn-then-Test. losses_at(threshold) -> losses (n,) in [0, 1] of n held-out sequences.
-    Returns the evidence: 'exit_threshold' (None where not even the strictest passes), 'delta', 'epsilon', 'sequences',
-    'thresholds', 'observed' (mean losses) and 'p_values' of those tested; and the losses (thresholds, n) of all that were
-    looked at, up to one whose mean is three times delta.
+    The order in which to test settings (budget, exit threshold), from (setting, loss, cost) of each on tuning data that the
+    test does not use: those that no cheaper one equals in loss, the dearest first, behind full compute (Pareto testing,
+    Laufer-Goldshtein et al. 2022, arXiv 2210.07913).
+    """
+    front, least = [], math.inf
+    for setting, loss, _ in sorted(points, key=lambda p: (p[2], p[1])):
+        if loss < least and setting != (1.0, 1.0):
+            front.append(setting)
+            least = loss
+    return [(1.0, 1.0), *reversed(front)]
+
+
+def tune(model, run, most: float) -> list[tuple[float, float]]:
+    """
+    The path of settings to test, from tuning data: run(budget, exit threshold) -> (losses (n,), FLOPs) of them. A budget's
+    thresholds are lowered until the mean loss exceeds `most`.
+    """
+    points, budgets = [], budget_grid(model)[1::2]
+    progress = Progress("tuning", len(budgets) * len(THRESHOLDS[::2]), "settings")
+    for budget in reversed(budgets):
+        for threshold in THRESHOLDS[::2]:
+            losses, flops = run(budget, threshold)
+            points.append(((budget, threshold), float(losses.mean()), flops))
+            progress.step()
+            if points[-1][1] > most:
+                break
+    return pareto_path(points)
+
+
+def calibrate(losses_at, delta: float, epsilon: float, settings: list[tuple[float, float]]) -> tuple[dict, torch.Tensor]:
+    """
+    Chooses a setting (budget, exit threshold) by Learn-then-Test from a list whose order does not depend on these data, the
+    strictest first. losses_at(budget, threshold) -> losses (n,) in [0, 1] of n held-out sequences. Returns the evidence:
+    'exit_threshold' and 'budget' (None where not even the strictest passes), 'delta', 'epsilon', 'sequences', 'settings',
+    'observed' (mean losses) and 'p_values' of those tested; and the losses (settings, n) of all that were looked at, up
+    to one whose mean is three times delta.
     """
     sequences_needed(delta, epsilon)  # refuses values out of range before anything is computed
     losses = []
-    for t in thresholds:
-        losses.append(losses_at(t).double())
+    for setting in settings:
+        losses.append(losses_at(*setting).double())
         if losses[-1].mean() > 3 * delta:
             break
     losses = torch.stack(losses)
     at, values = fixed_sequence(losses, delta, epsilon)
-    return {"exit_threshold": thresholds[at] if at >= 0 else None, "delta": delta, "epsilon": epsilon,
-            "sequences": losses.size(1), "thresholds": list(thresholds[:len(values)]), "p_values": values,
+    budget, threshold = settings[at] if at >= 0 else (None, None)
+    return {"exit_threshold": threshold, "budget": budget, "delta": delta, "epsilon": epsilon,
+            "sequences": losses.size(1), "settings": [list(s) for s in settings[:len(values)]], "p_values": values,
             "observed": losses.mean(1)[:len(values)].tolist()}, losses
 
 

@@ -12,6 +12,7 @@ from conftest import language_parameters
 
 from nanochat.cache import MatryoshkaKVCache
 from nanochat.confidence_probe import (
+    THRESHOLDS,
     Controls,
     calibrate_prices,
     check_trained,
@@ -22,8 +23,10 @@ from nanochat.confidence_probe import (
     level_shares,
     p_value,
     pad,
+    pareto_path,
     predict,
     sequences_needed,
+    tune,
 )
 from nanochat.engine import Engine
 from nanochat.hybrid_gpt import CONTROLS
@@ -360,6 +363,25 @@ def test_calibration_keeps_its_promise():
         assert at == len(values) - 2 or at == len(true) - 1
     assert failures <= 16
     assert sum(used) / 200 > 2  # and it is not by never choosing anything
+
+
+def test_settings_are_tested_from_the_dearest_on_and_only_if_nothing_beats_them():
+    a, b, c, d, e = (1.0, 0.9), (0.8, 1.0), (0.8, 0.9), (0.6, 1.0), (0.6, 0.9)
+    points = [((1.0, 1.0), 0.0, 100), (a, 0.01, 90), (b, 0.02, 95), (c, 0.03, 60), (d, 0.03, 70), (e, 0.2, 40)]
+    assert pareto_path(points) == [(1.0, 1.0), a, c, e]
+
+
+def test_tuning_stops_lowering_a_threshold_where_too_much_is_lost(hybrid):
+    seen = []
+
+    def run(budget, threshold):
+        seen.append((budget, threshold))
+        return torch.full((4,), 1 - threshold), budget * threshold
+    path = tune(hybrid, run, 0.05)
+    assert path[0] == (1.0, 1.0) == seen[0] and len({b for b, _ in seen}) == 5
+    assert min(t for _, t in seen) == max(t for t in THRESHOLDS[::2] if 1 - t > 0.05)
+    costs = [b * t for b, t in path[1:]]
+    assert costs == sorted(costs, reverse=True)
 
 
 def test_nothing_safe_is_said_so():

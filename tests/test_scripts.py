@@ -111,13 +111,14 @@ def test_controls_are_trained_calibrated_and_used(home, cwd, capsys):
     assert {k.split(".")[0] for k in changed} == {"gate", "predictor"}
 
     calibrate = ["--checkpoint", str(auto), "--calibrate", *docs, "--new-tokens", "4", "--device-batch-size", "4"]
-    fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "148"], "ask for at least 149")
+    fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "197"], "ask for at least 198")
+    fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "148", "--budget", "1"], "ask for at least 149")
     fails(capsys, fractal_eval.main, [*calibrate, "--delta", "2"], "delta 2.0 is out of range")
     fails(capsys, fractal_eval.main, [*calibrate, "--delta", "0.3", "--epsilon", "0.3", "--sequences", "99999"],
           "the validation text ends after", "ask for fewer")
     evidence = fractal_eval.main([*calibrate, "--delta", "0.3", "--epsilon", "0.3", "--sequences", "12"])
     loaded = ckpt.load(auto)
-    assert loaded.info["calibration"] == json.loads(json.dumps(evidence)) and evidence["sequences"] == 12
+    assert loaded.info["calibration"] == json.loads(json.dumps(evidence)) and evidence["sequences"] == 9
     assert loaded.model.config.exit_threshold == evidence["exit_threshold"]
 
     rows = frontier.main(["--checkpoint", str(auto), *docs, "--eval-tokens", "256", "--device-batch-size", "2", "--budgets",
