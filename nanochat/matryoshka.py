@@ -65,15 +65,12 @@ def sample_levels(levels: tuple[int, ...], n_block: int, generator: torch.Genera
 def sample_exits(exit_points: tuple[int, ...], n_block: int, starts: torch.Tensor, T: int,
                  generator: torch.Generator) -> torch.Tensor:
     """
-    (B, T) int64 exit depths for one student pass: from starts[row] on a share of the tokens, random for each row, leaves
-    at random exit points; the others run to the end, and so does the prompt, as in decoding. Where all rows lost three
-    tokens of four, full depth was rarely taught to read what exited tokens had left behind (dev/LOG.md).
+    (B, T) int64 exit depths for one student pass: each token from starts[row] on leaves at a random exit point or runs to
+    the end, those before it, the prompt, run all blocks, as in decoding.
     """
-    rows = len(starts)
-    points = torch.tensor(exit_points or [n_block])
-    exits = points[torch.randint(len(points), (rows, T), generator=generator)]
-    leaves = torch.rand(rows, T, generator=generator) < torch.rand(rows, 1, generator=generator)
-    return torch.where(leaves & (torch.arange(T) >= starts[:, None]), exits, n_block)
+    choices = torch.tensor([*exit_points, n_block])
+    exits = choices[torch.randint(len(choices), (len(starts), T), generator=generator)]
+    return torch.where(torch.arange(T) < starts[:, None], n_block, exits)
 
 
 def expand_from(widths: list[int], levels: tuple[int, ...], starts: torch.Tensor, T: int,

@@ -51,7 +51,7 @@ class Settings:
     pieces: int = 4
     control_steps: int = 300
     control_rows: int = 128
-    calibration: int = 2400  # a quarter of them says what to test
+    calibration: int = 4800  # a quarter of them says what to test
     test: int = 900
     swept: int = 450  # of the test instances, for the curves
     timed: int = 90
