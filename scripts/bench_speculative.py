@@ -134,7 +134,7 @@ def draft_table(engine, prompts, n: int, k: int, mode: str) -> list[dict]:
     return out
 
 
-def prove(model, tokenizer, data, sequences: int, n: int = 16) -> dict:
+def prove(model, tokenizer, data, sequences: int, n: int = 12) -> dict:
     """Greedy outputs of all drafts, all lengths 1 to 8, batch 1 and 8, over prompts of all kinds and lengths."""
     engine, V, limit = Engine(model, tokenizer), model.config.vocab_size, model.config.sequence_len
     rng, drafts = random.Random(0), candidates(model.config)
