@@ -39,7 +39,7 @@ class _HeadLoss(torch.autograd.Function):
         losses = torch.zeros(len(h), dtype=wide, device=h.device)
         scale = 1.0 / max(1, int((targets >= 0).sum()))
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        dw = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for i in range(0, len(h), CHUNK):
             s = slice(i, i + CHUNK)
             hc, live = h[s], (targets[s] >= 0).to(wide)[:, None]
@@ -67,6 +67,7 @@ class _HeadLoss(torch.autograd.Function):
                 if dw is not None:
                     dw.add_(g.T @ hc)
         ctx.save_for_backward(dh, dw)
+        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
         return losses, losses.sum() * scale
 
@@ -74,7 +75,8 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, _, g):
         dh, dw = ctx.saved_tensors
-        return (None if dh is None else dh * g.to(dh.dtype)), (None if dw is None else dw * g), None, None, None
+        return (None if dh is None else dh * g.to(dh.dtype)), (None if dw is None else (dw * g).to(ctx.weight_dtype)), \
+            None, None, None
 
 
 def head_loss(h, weight, targets, softcap, teacher=None, reduction="mean") -> torch.Tensor:
@@ -183,14 +185,12 @@ def gate_loss(model, shadow: Shadow, full: torch.Tensor, targets: torch.Tensor) 
     full depth; targets (M,) int64, none of them negative. Only the gate gets gradient. Returns the mean and 'brier',
     'rate' (share of labels that are 1), and the 'confidence' and 'label' of every pair (N,).
     """
-    c, head = model.config, model.lm_head.weight.detach()
-    with torch.no_grad():
-        own = head_loss(full[None], head, targets[None], c.softcap, reduction="none")
-    logits, labels = [], []
-    for i, x, here in shadow.seen:
-        h = norm(x, c.d_ref, c.norm_eps)
-        with torch.no_grad():
-            loss = head_loss(h[None], head, targets[None], c.softcap, reduction="none")
+    c, logits, labels = model.config, [], []
+    states = [full, *(norm(x, c.d_ref, c.norm_eps) for _, x, _ in shadow.seen)]
+    with torch.no_grad():  # one call for all exit points: a sharded head is gathered once
+        own, *losses = model.lm_head.loss(torch.stack(states), targets.expand(len(states), -1),
+                                          reduction="none").view(len(states), -1)
+    for (i, _, here), h, loss in zip(shadow.seen, states[1:], losses):
         here = here.to(h.device)
         logits.append(model.gate(h, c.exit_points.index(i))[here])
         labels.append((loss <= own + c.exit_tau).float()[here])

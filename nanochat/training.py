@@ -95,16 +95,6 @@ def derive_batch(args, sequence_len: int) -> tuple[str, torch.dtype, int]:
     return device, dtype, passes
 
 
-def compile_blocks(model, backend: str = "inductor") -> None:
-    """
-    Compiles each block as one graph, with one static variant per level that it meets. Blocks of one kind share the
-    compiled code, so the number of variants does not grow with depth; torch's default limit of 8 would be too low.
-    """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(model.config.levels))
-    for block in model.transformer.h:
-        block.compile(fullgraph=True, dynamic=False, backend=backend)
-
-
 def lr_multiplier(step: int, total: int, warmup_ratio: float, warmdown_ratio: float) -> float:
     """Linear warm-up, constant, linear warm-down to zero after the last step."""
     warmup, warmdown = round(warmup_ratio * total), round(warmdown_ratio * total)

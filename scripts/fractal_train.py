@@ -23,6 +23,7 @@ from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, get_base_dir, print0
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
+from nanochat.distributed import compile_blocks
 from nanochat.loss_eval import (
     GATE_TOKENS,
     Student,
@@ -33,7 +34,7 @@ from nanochat.loss_eval import (
 )
 from nanochat.optim import setup_optimizers
 from nanochat.stages import set_trained
-from nanochat.training import Run, add_training_args, compile_blocks, derive_batch
+from nanochat.training import Run, add_training_args, derive_batch
 
 
 def random_splits(rows: int, T: int, generator: torch.Generator) -> torch.Tensor:
