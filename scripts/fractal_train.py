@@ -21,6 +21,7 @@ import torch
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, get_base_dir, print0
+from nanochat.confidence_probe import gumbel_temperature
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
 from nanochat.distributed import compile_blocks
@@ -31,6 +32,7 @@ from nanochat.loss_eval import (
     evaluate_bpb,
     matryoshka_backward,
     sample_students,
+    some_tokens,
 )
 from nanochat.optim import setup_optimizers
 from nanochat.stages import set_trained
@@ -111,16 +113,14 @@ def main(argv=None):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rows, T = x.shape
         if args.controls:
-            temperature = max(0.2, 1 - step / (0.8 * args.num_iterations))
-            return controls_backward(model, x, y, random_splits(rows, T, generator), generator, temperature, scale=scale)
+            return controls_backward(model, x, y, random_splits(rows, T, generator), generator,
+                                     gumbel_temperature(step, args.num_iterations), scale=scale)
         if not args.matryoshka:
             return matryoshka_backward(model, x, y, [], scale)
         students = [Student(d) for d in config.levels if d < config.top_width]
         if args.sample_dim:
             students = sample_students(config, rows, T, random_splits(rows, T, generator), generator)
-        at = (y.cpu() >= 0).flatten().nonzero()[:, 0]
-        at = at[torch.randperm(len(at), generator=generator)[:GATE_TOKENS]]
-        return matryoshka_backward(model, x, y, students, scale, at)
+        return matryoshka_backward(model, x, y, students, scale, some_tokens(y >= 0, GATE_TOKENS, generator))
 
     if not run.finished:
         rates = [lr * args.lr_scale for lr in (args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)]
