@@ -146,12 +146,10 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
     (loss * scale).backward()
     out = {"loss": loss.detach()}
     counts = [int((y[s.start:s.stop] >= 0).sum()) for s in students]
-    for s, count in zip(students, counts):
-        if count == 0:
-            continue
+    for s, count in zip(students, counts):  # also where nothing is supervised: under sharding all ranks run the same passes
         rows = slice(s.start, s.stop)
         kl, _ = model(x[rows], y[rows], widths=s.widths, exits=s.exits, teacher=teacher[rows])
-        share = count / sum(counts)
+        share = count / max(1, sum(counts))
         (kl * (scale * share)).backward()
         out["kl"] = out.get("kl", 0) + kl.detach() * share
     if shadow is not None:
@@ -196,8 +194,10 @@ def gate_loss(model, shadow: Shadow, full: torch.Tensor, targets: torch.Tensor) 
         labels.append((loss <= own + c.exit_tau).float()[here])
     logits, labels = torch.cat(logits), torch.cat(labels)
     sure = torch.sigmoid(logits.detach())
-    return F.binary_cross_entropy_with_logits(logits, labels), {
-        "brier": float((sure - labels).square().mean()), "rate": float(labels.mean()), "confidence": sure, "label": labels}
+    n = max(1, len(labels))  # there is nothing to look at where no token is supervised
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / n, {
+        "brier": float((sure - labels).square().sum() / n), "rate": float(labels.sum() / n), "confidence": sure,
+        "label": labels}
 
 
 def predictor_loss(model, x, y, starts, budget: float, temperature: float, generator) -> tuple[torch.Tensor, torch.Tensor]:

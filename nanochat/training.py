@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 
 from nanochat import checkpoint_manager as ckpt
+from nanochat import mixture
 from nanochat.common import autodetect_device_type, get_compute_dtype, get_rank, print0
 from nanochat.dataloader import DataLoader
+from nanochat.shards import EMBEDDED
 
 # Flags that say how a run is watched and kept, not what it computes: they may differ when it is resumed.
 WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log_every", "device", "compile", "checkpoint"}
@@ -26,11 +28,9 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
               "4090": 165e12, "A10": 125e12}
 
 
-def add_training_args(p: argparse.ArgumentParser) -> None:
-    """The flags that every training script has."""
-    p.add_argument("--data", default="embedded",
-                   help="'embedded' (the Python standard library's text), a folder or file of .parquet/.jsonl/.txt, or a "
-                        "hub dataset's name such as karpathy/climbmix-400b-shuffle (default: embedded)")
+def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -> None:
+    """The flags that every training script has. data: the default of --data; None: mixture.default_data's choice."""
+    mixture.add_data_arg(p, data)
     p.add_argument("--num-iterations", type=int, default=-1, help="optimizer steps (default: derived and printed)")
     p.add_argument("--device-batch-size", type=int, default=-1,
                    help="rows per forward pass; lower it when memory runs out (default: 8 on a CPU, 32 on a GPU)")
@@ -173,14 +173,14 @@ class Run:
                    f"{moments_from}; --warmup-ratio raises the rate anew")
         where = tokenizer, data, "train", args.device_batch_size, sequence_len, rank, world, device
         try:
-            loader = DataLoader(*where, self.loader or data_from)
+            loader = DataLoader(*where, self.loader or data_from, seed=args.seed)
             if self.meta is None and data_from:
                 print0(f"the data goes on behind the {loader.tokens_read:,} tokens of the phases before")
         except ValueError as e:
             if self.meta is not None or data_from is None:
                 raise
             print0(f"the data starts from its beginning, not where the phase before stopped: {e}")
-            loader = DataLoader(*where)
+            loader = DataLoader(*where, seed=args.seed)
         batches = iter(loader)
         figures = dict(self.meta["figures"]) if self.meta else {}
         peak = next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)

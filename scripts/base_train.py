@@ -13,9 +13,9 @@ import torch
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, get_base_dir, print0
 from nanochat.dataloader import DataLoader
-from nanochat.dataset import prepare
 from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_bpb, matryoshka_backward
+from nanochat.mixture import prepare_mixture
 from nanochat.optim import setup_optimizers
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Run, add_training_args, compile_blocks, derive_batch
@@ -52,7 +52,7 @@ def main(argv=None):
            "tokens per parameter")
     args.tag = args.tag or f"d{args.depth}"
     folder = get_base_dir() / "base_checkpoints" / args.tag
-    data = prepare(args.data)
+    data = prepare_mixture(args.data)
 
     run = Run(folder, args, {"tokenizer": tokenizer.get_vocab_size(), "dtype": str(dtype)})
     torch.manual_seed(args.seed)

@@ -22,7 +22,6 @@ import torch
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, get_base_dir, print0
 from nanochat.dataloader import DataLoader
-from nanochat.dataset import prepare
 from nanochat.loss_eval import (
     GATE_TOKENS,
     Student,
@@ -31,6 +30,7 @@ from nanochat.loss_eval import (
     matryoshka_backward,
     sample_students,
 )
+from nanochat.mixture import default_data, prepare_mixture
 from nanochat.optim import setup_optimizers
 from nanochat.training import Run, add_training_args, compile_blocks, derive_batch
 
@@ -65,7 +65,7 @@ def main(argv=None):
     p.add_argument("--controls", action="store_true",
                    help="train the predictor and the gate alone, for mode auto, and leave the model as it is")
     p.add_argument("--tag", default=None, help="name of the family (default: the checkpoint's)")
-    add_training_args(p)
+    add_training_args(p, data=None)
     args = p.parse_args(argv)
     if args.sample_dim and not args.matryoshka:
         raise ValueError("--sample-dim has no effect without --matryoshka: add it, or drop --sample-dim")
@@ -104,7 +104,8 @@ def main(argv=None):
     if args.num_iterations < 0:
         args.num_iterations = max(1, round(20 * trained / args.total_batch_size))
     print0(f"steps {args.num_iterations:,}; levels {', '.join(map(str, config.levels))}")
-    data = prepare(args.data)
+    args.data = args.data or default_data(device)
+    data = prepare_mixture(args.data)
 
     source = ckpt.sha256(file)
     run = Run(folder, args, {"source_sha256": source, "dtype": str(dtype)})
