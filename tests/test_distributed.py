@@ -177,21 +177,21 @@ def same_files(a, b, names=("model.pt", "optim.pt")):
 
 def test_a_killed_and_a_stopped_run_lose_nothing(home, cwd, tmp_path):
     folder, argv = cwd / "fractal_checkpoints" / "t_32", flags(home, cwd, 2)
-    ranks.together(2, ranks.fractal, argv, out=tmp_path / "whole")
+    ranks.together(2, ranks.fractal, argv, out=tmp_path / "log" / "whole")
     kept = cwd / "whole"
     folder.rename(kept)
 
-    codes = ranks.finish(ranks.start(2, ranks.fractal, argv, ("kill in save", 1, 4), out=tmp_path / "killed"))
+    codes = ranks.finish(ranks.start(2, ranks.fractal, argv, ("kill in save", 1, 4), out=tmp_path / "log" / "killed"))
     assert codes[1] == -signal.SIGKILL and codes[0] != 0
     assert step_checkpoint.steps(folder) == [2] and (folder / ".step_000004.tmp").is_dir()
     shutil.copytree(folder, cwd / "on_other_ranks")
 
-    codes = ranks.finish(ranks.start(2, ranks.fractal, argv, ("SIGTERM", 1, 4), out=tmp_path / "stopped"))
+    codes = ranks.finish(ranks.start(2, ranks.fractal, argv, ("SIGTERM", 1, 4), out=tmp_path / "log" / "stopped"))
     assert codes == [128 + signal.SIGTERM] * 2 and step_checkpoint.steps(folder) == [4, 5]  # the step under way is saved
-    log = (tmp_path / "stopped" / "0.log").read_text()
+    log = (tmp_path / "log" / "stopped" / "0.log").read_text()
     assert "after step 2" in log and "stopped by SIGTERM: step 5 is saved" in log
 
-    ranks.together(2, ranks.fractal, argv, out=tmp_path / "resumed")
+    ranks.together(2, ranks.fractal, argv, out=tmp_path / "log" / "resumed")
     assert losses(folder) == losses(kept)
     same_files(folder, kept)
     assert step_checkpoint.steps(folder) == [6, 7] and not list(folder.glob(".step*"))
@@ -201,11 +201,11 @@ def test_a_killed_and_a_stopped_run_lose_nothing(home, cwd, tmp_path):
     for world in (1, 3):
         shutil.rmtree(folder)
         shutil.copytree(cwd / "on_other_ranks", folder)
-        ranks.together(world, ranks.fractal, flags(home, cwd, world, "--export"), out=tmp_path / f"export{world}")
+        ranks.together(world, ranks.fractal, flags(home, cwd, world, "--export"), out=tmp_path / "log" / f"export{world}")
         folder.rename(cwd / f"exported{world}")
         shutil.copytree(cwd / "on_other_ranks", folder)
-        ranks.together(world, ranks.fractal, flags(home, cwd, world), out=tmp_path / f"on{world}")
-        assert "goes on behind the furthest" in (tmp_path / f"on{world}" / "0.log").read_text()
+        ranks.together(world, ranks.fractal, flags(home, cwd, world), out=tmp_path / "log" / f"on{world}")
+        assert "goes on behind the furthest" in (tmp_path / "log" / f"on{world}" / "0.log").read_text()
         assert list(losses(folder)) == list(range(7)) and losses(folder)[1] == losses(kept)[1]
     same_files(cwd / "exported1", cwd / "exported3")
 
