@@ -219,7 +219,7 @@ def test_torchrun_restarts_what_died(home, cwd, tmp_path):
         ranks.fractal(sys.argv[1:], ("SIGKILL", 1, 5) if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else None)
     """))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1",
-                           "--master-port=0", str(program), *flags(home, cwd, 2)], capture_output=True, text=True,
+                           "--standalone", str(program), *flags(home, cwd, 2)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "after step 4" in done.stdout and done.stdout.count("wrote ") == 1
