@@ -17,6 +17,8 @@ import torch.nn.functional as F
 
 from nanochat.matryoshka import cost_table, norm
 
+NEW_LEVEL_LOGIT = -10.0  # of a level that growth appends, against that of the old full width: no plan of before changes
+
 
 class ConfidenceGate(nn.Module):
     """
@@ -52,7 +54,8 @@ class ConfidenceGate(nn.Module):
 
 class LayerDimPredictor(nn.Module):
     """
-    Also called difficulty estimator: from the embeddings of a prompt and a compute budget, a level for every block.
+    Also called difficulty estimator: from the embeddings of a prompt and a compute budget, a logit for every level of every
+    block: log-odds, or the value in nats of running the block at that level, as it was trained (loss_eval.py).
     Each token's features are pooled by mean and by maximum. Its parameters stay fp32; out is (n_block, n_levels, hidden) so
     that growth appends levels behind the old ones. The budget enters as bumps along (0, 1]: as a single number beside so
     many features it was ignored. Logits are capped: they ran into the hundreds, where no draw shows another level
@@ -93,6 +96,16 @@ class LayerDimPredictor(nn.Module):
         logits = torch.einsum("bh,nlh->bnl", hidden, self.out_weight)
         return self.CAP * torch.tanh(logits / self.CAP) + self.out_bias  # not capped: growth puts new levels far below
 
+    @torch.no_grad()
+    def admit_new_levels(self) -> None:
+        """
+        Training begins: levels that growth put far below the others become as good as the one before each, or a
+        regression of values would take a thousand steps to see them. Ties go to the narrower level, so plans stay.
+        """
+        for level in range(1, self.out_bias.size(1)):
+            far = self.out_bias[:, level] <= self.out_bias[:, level - 1] + NEW_LEVEL_LOGIT
+            self.out_bias[:, level] = torch.where(far, self.out_bias[:, level - 1], self.out_bias[:, level])
+
     def flops(self, tokens: int) -> int:
         """Of one prompt."""
         return 2 * (tokens * self.c_in.weight.numel() + self.c_mid.weight.numel() + self.out_weight.numel())
@@ -106,13 +119,36 @@ def gumbel_choice(logits: torch.Tensor, temperature: float, generator: torch.Gen
     share one noise: one narrow block among many can spoil an answer, so that independent draws would hardly ever show what
     a wide plan is worth. rank, world: these rows are every world-th of a batch whose noise all ranks draw alike.
     """
+    soft = ((logits + _gumbel(logits, generator, rank, world)) / temperature).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), soft.size(-1)).to(soft)
+    return hard + (soft - soft.detach())
+
+
+def _gumbel(logits: torch.Tensor, generator: torch.Generator | None, rank: int, world: int) -> torch.Tensor:
+    """Gumbel noise for logits (B, n_block, n_levels), in half the rows the same for all blocks; see gumbel_choice."""
     rows = len(logits) * world
     uniform = torch.rand(rows, *logits.shape[1:], generator=generator)[rank::world]
     alike = torch.rand(rows, 1, 1, generator=generator)[rank::world] < 0.5
     uniform = torch.where(alike, uniform[:, :1], uniform).to(logits.device).clamp(1e-9, 1 - 1e-7)
-    soft = ((logits - (-uniform.log()).log()) / temperature).softmax(-1)
-    hard = F.one_hot(soft.argmax(-1), soft.size(-1)).to(soft)
-    return hard + (soft - soft.detach())
+    return -(-uniform.log()).log()
+
+
+def random_price(u: torch.Tensor) -> torch.Tensor:
+    """u in (0, 1) -> a price of compute from 0.01 to 3 nats per whole model, log-uniform if u is uniform."""
+    return 10 ** (2.5 * u - 2)
+
+
+@torch.no_grad()
+def draw_plans(logits: torch.Tensor, shares: torch.Tensor, generator: torch.Generator | None = None, rank: int = 0,
+               world: int = 1) -> torch.Tensor:
+    """
+    Plans to learn values from, indices of levels (B, n_block): near the best at a price of compute that each row draws for
+    itself; in a quarter of the rows at random. logits (B, n_block, n_levels) in nats, shares (n_block, n_levels). rank,
+    world: see gumbel_choice.
+    """
+    price, blind = torch.rand(2, len(logits) * world, 1, 1, generator=generator)[:, rank::world].to(logits.device)
+    wish = (logits - random_price(price) * shares.to(logits)) / 0.3
+    return (torch.where(blind < 0.25, 0, wish) + _gumbel(logits, generator, rank, world)).argmax(-1)
 
 
 def gumbel_temperature(step: int, total: int) -> float:

@@ -86,7 +86,7 @@ def start_model(phase: str):
 
 
 def train(phase: str, recipe, sample: bool, path, steps: int = STEPS, nodes: int = 1, passes: int = 1, masked: bool = False,
-          **options) -> dict:
+          draft_exit: int | None = None, **options) -> dict:
     """
     Trains on the same global batches on any number of ranks; {'losses': of each step, 'state': whole weights at the end},
     into `path` on rank 0 and returned.
@@ -103,7 +103,7 @@ def train(phase: str, recipe, sample: bool, path, steps: int = STEPS, nodes: int
     else:
         load_state(model, source.state_dict(), "the test's model")
     optimizers = setup_optimizers(model, weight_decay=0.1, frozen=boxes)
-    step_of, history = ElasticStep(model, 5, steps, recipe, sample), []
+    step_of, history = ElasticStep(model, 5, steps, recipe, sample, draft_exit=draft_exit), []
     for step in range(steps):
         set_rates(optimizers, step, steps, 0.0, 0.5)
         g = torch.Generator().manual_seed(step)

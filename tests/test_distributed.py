@@ -30,7 +30,9 @@ CASES = {
     "all, each level": {"phase": "unfrozen", "recipe": "both", "sample": False, "steps": 10},
     "masked, in passes": {"phase": "unfrozen", "recipe": "both", "sample": True, "masked": True, "passes": 2, "steps": 10},
     "single": {"phase": "unfrozen", "recipe": "single", "sample": True, "steps": 5},
-    "controls": {"phase": "controls", "recipe": "controls", "sample": True},
+    "controls": {"phase": "controls", "recipe": "controls gumbel", "sample": True},
+    "controls, by value": {"phase": "controls", "recipe": "controls value", "sample": True, "steps": 8},
+    "drafts": {"phase": "stage 1", "recipe": "both", "sample": True, "steps": 4, "draft_exit": 2},
 }
 
 
