@@ -112,22 +112,24 @@ class LayerDimPredictor(nn.Module):
         return 2 * (tokens * self.c_in.weight.numel() + self.c_mid.weight.numel() + self.out_weight.numel())
 
 
-def gumbel_choice(logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None) -> torch.Tensor:
+def gumbel_choice(logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None, rank: int = 0,
+                  world: int = 1) -> torch.Tensor:
     """
     Straight-through Gumbel-softmax (Jang et al. 2017, arXiv 1611.01144): a one-hot sample of softmax(logits) over the last
     dim of (B, n_block, n_levels), whose gradient is that of the soft sample at this temperature. In half the rows all blocks
     share one noise: one narrow block among many can spoil an answer, so that independent draws would hardly ever show what
-    a wide plan is worth.
+    a wide plan is worth. rank, world: these rows are every world-th of a batch whose noise all ranks draw alike.
     """
-    soft = ((logits + _gumbel(logits, generator)) / temperature).softmax(-1)
+    soft = ((logits + _gumbel(logits, generator, rank, world)) / temperature).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), soft.size(-1)).to(soft)
     return hard + (soft - soft.detach())
 
 
-def _gumbel(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Gumbel noise for logits (B, n_block, n_levels), in half the rows the same for all blocks."""
-    uniform = torch.rand(logits.shape, generator=generator)
-    alike = torch.rand(len(logits), 1, 1, generator=generator) < 0.5
+def _gumbel(logits: torch.Tensor, generator: torch.Generator | None, rank: int, world: int) -> torch.Tensor:
+    """Gumbel noise for logits (B, n_block, n_levels), in half the rows the same for all blocks; see gumbel_choice."""
+    rows = len(logits) * world
+    uniform = torch.rand(rows, *logits.shape[1:], generator=generator)[rank::world]
+    alike = torch.rand(rows, 1, 1, generator=generator)[rank::world] < 0.5
     uniform = torch.where(alike, uniform[:, :1], uniform).to(logits.device).clamp(1e-9, 1 - 1e-7)
     return -(-uniform.log()).log()
 
@@ -138,14 +140,16 @@ def random_price(u: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def draw_plans(logits: torch.Tensor, shares: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+def draw_plans(logits: torch.Tensor, shares: torch.Tensor, generator: torch.Generator | None = None, rank: int = 0,
+               world: int = 1) -> torch.Tensor:
     """
     Plans to learn values from, indices of levels (B, n_block): near the best at a price of compute that each row draws for
-    itself; in a quarter of the rows at random. logits (B, n_block, n_levels) in nats, shares (n_block, n_levels).
+    itself; in a quarter of the rows at random. logits (B, n_block, n_levels) in nats, shares (n_block, n_levels). rank,
+    world: see gumbel_choice.
     """
-    price, blind = torch.rand(2, len(logits), 1, 1, generator=generator).to(logits.device)
+    price, blind = torch.rand(2, len(logits) * world, 1, 1, generator=generator)[:, rank::world].to(logits.device)
     wish = (logits - random_price(price) * shares.to(logits)) / 0.3
-    return (torch.where(blind < 0.25, 0, wish) + _gumbel(logits, generator)).argmax(-1)
+    return (torch.where(blind < 0.25, 0, wish) + _gumbel(logits, generator, rank, world)).argmax(-1)
 
 
 def gumbel_temperature(step: int, total: int) -> float:

@@ -25,7 +25,7 @@ from nanochat.matryoshka import cost_table, energy, expand_from, norm, sample_ex
 
 CHUNK = 256  # tokens; their fp32 logits for 8192 classes are 8 MB, which stays in a CPU's last-level cache
 ANSWER = 3  # tokens, for which the predictor's values of levels hold
-GATE_TOKENS = 128  # that the gate learns from in a pass (`python -m scripts.bench train` says what that costs)
+GATE_TOKENS = 16  # of a row, that the gate learns from in a pass (`python -m scripts.bench train` says what that costs)
 
 
 def head_logits(h: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
@@ -47,7 +47,7 @@ class _HeadLoss(torch.autograd.Function):
         losses = torch.zeros(len(h), dtype=wide, device=h.device)
         scale = 1.0 / max(1, int((targets >= 0).sum()))
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        dw = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for i in range(0, len(h), CHUNK):
             s = slice(i, i + CHUNK)
             hc, live = h[s], (targets[s] >= 0).to(wide)[:, None]
@@ -75,6 +75,7 @@ class _HeadLoss(torch.autograd.Function):
                 if dw is not None:
                     dw.add_(g.T @ hc)
         ctx.save_for_backward(dh, dw)
+        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
         return losses, losses.sum() * scale
 
@@ -82,7 +83,8 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, _, g):
         dh, dw = ctx.saved_tensors
-        return (None if dh is None else dh * g.to(dh.dtype)), (None if dw is None else dw * g), None, None, None
+        return (None if dh is None else dh * g.to(dh.dtype)), (None if dw is None else (dw * g).to(ctx.weight_dtype)), \
+            None, None, None
 
 
 def head_loss(h, weight, targets, softcap, teacher=None, reduction="mean") -> torch.Tensor:
@@ -100,14 +102,16 @@ def head_loss(h, weight, targets, softcap, teacher=None, reduction="mean") -> to
 
 
 @torch.no_grad()
-def evaluate_bpb(model, batches, steps: int, token_bytes: torch.Tensor, **forward_args) -> float:
+def evaluate_bpb(model, batches, steps: int, token_bytes: torch.Tensor, reduce=lambda t: t, **forward_args) -> float:
     """
-    Bits per byte of text, which does not depend on the tokenizer. batches yields (x, y); token_bytes is (V,).
+    Bits per byte of text, which does not depend on the tokenizer. batches yields (x, y); token_bytes is (V,); reduce: sums a
+    tensor over the ranks, where each has its own batches.
     """
     text = BitsPerByte(token_bytes)
     for _, (x, y) in zip(range(steps), batches):
         losses, _ = model(x, y, reduction="none", **forward_args)
         text.add(losses, y)
+    text.nats, text.bytes = reduce(torch.tensor([text.nats, text.bytes], dtype=torch.float64)).tolist()
     return text.value
 
 
@@ -129,6 +133,14 @@ class BitsPerByte:
         return self.nats / (math.log(2) * self.bytes)
 
 
+def tokens_of_rows(mask: torch.Tensor, n: int, generator: torch.Generator, rank: int = 0, world: int = 1) -> torch.Tensor:
+    """Flat indices of at most n random tokens in each row of mask (B, T) bool; rank, world: see sample_students."""
+    B, T = mask.shape
+    scores = torch.rand(B * world, T, generator=generator)[rank::world].masked_fill(~mask.cpu(), -1)
+    best = scores.topk(min(n, T), dim=1)
+    return (best.indices + T * torch.arange(B)[:, None])[best.values >= 0].sort().values
+
+
 def some_tokens(mask: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
     """Flat indices of at most n random tokens of mask (B, T) bool."""
     at = mask.cpu().flatten().nonzero()[:, 0]
@@ -136,56 +148,76 @@ def some_tokens(mask: torch.Tensor, n: int, generator: torch.Generator) -> torch
 
 
 class Student(NamedTuple):
-    """A narrow pass: widths and exits (see GPT.hidden) of the batch's rows [start, stop); None: all that there are."""
+    """
+    A narrow pass: widths and exits (see GPT.hidden) of the batch's rows [start, stop); None: all that there are. counts:
+    whether anything is learned from it. Where a model is sharded, a pass that some ranks make must be made by all. label:
+    under which its loss is logged, the same on all ranks (None: the widths).
+    """
     widths: object = None
     exits: torch.Tensor | None = None
     start: int = 0
     stop: int | None = None
+    counts: bool = True
+    label: int | str | None = None
 
 
 def sample_students(config, rows: int, T: int, starts: torch.Tensor, generator: torch.Generator,
-                    expanding: int | None = None) -> list[Student]:
+                    expanding: int | None = None, rank: int = 0, world: int = 1,
+                    levels: tuple[int, ...] | None = None) -> list[Student]:
     """
     One step's student passes over `rows` rows (DESIGN 8): sampled levels and an exit per token; in the first `expanding`
-    rows (None: a quarter) some blocks go one level up from a random position on. starts (rows,): where a row's prompt ends;
-    see sample_exits.
+    rows (None: a quarter) some blocks go one level up from a random position on. starts (rows * world,): where a row's
+    prompt ends; see sample_exits. With several ranks of `rows` rows each, all sample for the global batch, from generators
+    seeded alike; row i of a rank is the batch's row i * world + rank. levels: those to sample from (None: all).
     """
-    widths = sample_levels(config.levels, config.n_block, generator)
-    exits = sample_exits(config.exit_points, config.n_block, starts, T, generator)
-    some = rows // 4 if expanding is None else expanding
+    levels = levels or config.levels
+    widths = sample_levels(levels, config.n_block, generator)
+    exits = sample_exits(config.exit_points, config.n_block, starts, T, generator)[rank::world]
+    label = widths[0] if len(set(widths)) == 1 else "mixed"
+    total = rows * world
+    some = total // 4 if expanding is None else expanding
     if some == 0 or min(widths) == config.top_width:
-        return [Student(widths, exits)]
-    grown = expand_from(widths, config.levels, starts[:some], T, generator)
-    mixed = Student(grown, exits[:some], 0, some)
-    return [mixed, Student(widths, exits[some:], some, rows)] if some < rows else [mixed]
+        return [Student(widths, exits, label=label)]
+    grown = expand_from(widths, levels, starts[:some], T, generator)[rank::world]
+    n = len(grown)  # of this rank's rows; at least one pass of one row, see Student
+    idle = Student(widths, exits[:1], 0, 1, counts=False)
+    mixed = (Student(grown, exits[:n], 0, n) if n else idle)._replace(label="mixed")
+    if some == total:
+        return [mixed]
+    return [mixed, (Student(widths, exits[n:], n, rows) if n < rows else idle)._replace(label=label)]
 
 
 def matryoshka_backward(model, x, y, students: list[Student], scale: float,
-                        gate_at: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+                        gate_at: torch.Tensor | None = None, gate_scale: float | None = None,
+                        by_width: dict | None = None) -> dict[str, torch.Tensor]:
     """
     One training step's losses (DESIGN 8), backward included, each multiplied by `scale`: cross-entropy of the full
     pass (the teacher), then the KL of each student's narrow pass to the teacher's detached
     distribution, averaged over the supervised tokens of all students. The teacher's graph is freed before a student's is
-    built. gate_at: flat indices into (B, T) of supervised tokens; the gate learns from the teacher pass at these. Returns
-    the losses, detached: 'loss', 'kl', 'gate'.
+    built. gate_at: flat indices into (B, T) of supervised tokens; the gate learns from the teacher pass at these, its loss
+    multiplied by gate_scale (None: scale). by_width: is filled with label -> [the students' loss times what it was
+    multiplied by, that factor], both summed. Returns the losses, detached: 'loss', 'kl', 'gate'.
     """
     shadow = None if gate_at is None else Shadow(gate_at)
     loss, teacher = model(x, y, control=shadow)
     (loss * scale).backward()
     out = {"loss": loss.detach()}
-    counts = [int((y[s.start:s.stop] >= 0).sum()) for s in students]
+    counts = [s.counts * int((y[s.start:s.stop] >= 0).sum()) for s in students]
     for s, count in zip(students, counts):
-        if count == 0:
-            continue
         rows = slice(s.start, s.stop)
-        kl, _ = model(x[rows], y[rows], widths=s.widths, exits=s.exits, teacher=teacher[rows])
-        share = count / sum(counts)
+        targets = y[rows] if s.counts else torch.full_like(y[rows], -1)
+        kl, _ = model(x[rows], targets, widths=s.widths, exits=s.exits, teacher=teacher[rows])
+        share = count / max(1, sum(counts))
         (kl * (scale * share)).backward()
         out["kl"] = out.get("kl", 0) + kl.detach() * share
+        if by_width is not None:
+            level = by_width.setdefault(s.widths if s.label is None else s.label, [0.0, 0.0])
+            level[0] += kl.detach() * (scale * share)
+            level[1] += scale * share
     if shadow is not None:
         here = gate_at.to(x.device)
         gate, _ = gate_loss(model, shadow, teacher.flatten(0, 1)[here], y.flatten()[here])
-        (gate * scale).backward()
+        (gate * (scale if gate_scale is None else gate_scale)).backward()
         out["gate"] = gate.detach()
     return out
 
@@ -211,43 +243,47 @@ def gate_loss(model, shadow: Shadow, full: torch.Tensor, targets: torch.Tensor) 
     full depth; targets (M,) int64, none of them negative. Only the gate gets gradient. Returns the mean and 'brier',
     'rate' (share of labels that are 1), and the 'confidence' and 'label' of every pair (N,).
     """
-    c, head = model.config, model.lm_head.weight.detach()
-    with torch.no_grad():
-        own = head_loss(full[None], head, targets[None], c.softcap, reduction="none")
-    logits, labels = [], []
-    for i, x, here in shadow.seen:
-        h = norm(x, c.d_ref, c.norm_eps)
-        with torch.no_grad():
-            loss = head_loss(h[None], head, targets[None], c.softcap, reduction="none")
+    c, logits, labels = model.config, [], []
+    states = [full, *(norm(x, c.d_ref, c.norm_eps) for _, x, _ in shadow.seen)]
+    with torch.no_grad():  # one call for all exit points: a sharded head is gathered once
+        own, *losses = model.lm_head.loss(torch.stack(states), targets.expand(len(states), -1),
+                                          reduction="none").view(len(states), -1)
+    for (i, _, here), h, loss in zip(shadow.seen, states[1:], losses):
         here = here.to(h.device)
         logits.append(model.gate(h, c.exit_points.index(i))[here])
         labels.append((loss <= own + c.exit_tau).float()[here])
     logits, labels = torch.cat(logits), torch.cat(labels)
     sure = torch.sigmoid(logits.detach())
-    return F.binary_cross_entropy_with_logits(logits, labels), {
-        "brier": float((sure - labels).square().mean()), "rate": float(labels.mean()), "confidence": sure, "label": labels}
+    n = max(1, len(labels))  # there is nothing to look at where no token is supervised
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / n, {
+        "brier": float((sure - labels).square().sum() / n), "rate": float(labels.sum() / n), "confidence": sure,
+        "label": labels}
 
 
-def predictor_loss(model, x, y, starts, budget: float, temperature: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
+def predictor_loss(model, x, y, starts, budget: float, temperature: float, generator, rank: int = 0,
+                   world: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """
     (cross-entropy behind the prompts at levels sampled from the predictor, their mean cost as a share of full compute), both
     with gradient to the predictor alone, through straight-through Gumbel-softmax and soft prefix masks (DESIGN 7). x, y (B,
     T); starts (B,) int64: a row's first starts[r] tokens are the prompt, which is all that the predictor sees, and the loss
     counts from the prompt's last token on, the one that the first generated token comes from. Rows share the budget, so
-    that easy ones can leave compute to hard ones.
+    that easy ones can leave compute to hard ones. rank, world: see gumbel_choice.
     """
     T, c = x.size(1), model.config
     t = torch.arange(T, device=x.device)
     starts = starts.to(x.device)[:, None]
-    choice = gumbel_choice(predict(model, x, t < starts, budget), temperature, generator)
+    choice = gumbel_choice(predict(model, x, t < starts, budget), temperature, generator, rank, world)
     table, fixed = cost_table(model, c.sequence_len / 2)
-    frozen = {name: p.detach() for name, p in model.named_parameters()}
+    # what learns otherwise is left out here; where a model is sharded, nothing but the controls learns
+    frozen = {name: p.detach() for name, p in model.named_parameters()
+              if p.requires_grad and not name.startswith("predictor.")}
     loss, _ = functional_call(model, frozen, (x, torch.where(t >= starts - 1, y, -1)),
                               {"widths": soft_masks(choice, c.levels, c.top_width)})
     return loss, energy(choice, table, fixed).mean()
 
 
-def value_loss(model, x, y, starts, full: torch.Tensor, generator) -> tuple[torch.Tensor, dict]:
+def value_loss(model, x, y, starts, full: torch.Tensor, generator, rank: int = 0,
+               world: int = 1) -> tuple[torch.Tensor, dict]:
     """
     The predictor's other loss, by regression: what does a plan do to an answer? Each row runs a plan of draw_plans, sliced
     and without gradient; the mean KL of its distributions behind the prompt to those at full compute, for an answer of
@@ -261,8 +297,9 @@ def value_loss(model, x, y, starts, full: torch.Tensor, generator) -> tuple[torc
     t = torch.arange(T, device=x.device)
     starts = starts.to(x.device)[:, None]
     (shares, floor), levels = level_shares(model), torch.tensor(c.levels)
-    logits = predict(model, x, t < starts, torch.rand(B, generator=generator))  # the budget plays no part: only prices do
-    at = draw_plans(logits, shares, generator)
+    any_budget = torch.rand(B * world, generator=generator)[rank::world]  # it plays no part: only prices do
+    logits = predict(model, x, t < starts, any_budget)
+    at = draw_plans(logits, shares, generator, rank, world)
     answer = torch.where(t >= starts - 1, y, -1)
     with torch.no_grad():
         kl, _ = model(x, answer, widths=levels[at.cpu()], teacher=full, reduction="none")
@@ -274,23 +311,26 @@ def value_loss(model, x, y, starts, full: torch.Tensor, generator) -> tuple[torc
 
 
 def controls_backward(model, x, y, starts, generator: torch.Generator, temperature: float | None = None, tokens: int = 256,
-                      scale: float = 1.0) -> dict[str, torch.Tensor]:
+                      scale: float = 1.0, energy_weight: float = 1.0, at: torch.Tensor | None = None, rank: int = 0,
+                      world: int = 1, reduce=lambda t: t) -> dict[str, torch.Tensor]:
     """
     One step of training the controls alone, on the model as it is: backward of the shadow loss and of the predictor's loss,
     each multiplied by `scale`. The predictor learns by value_loss, or, given a Gumbel `temperature`, by predictor_loss:
-    cross-entropy + |cost - budget|. x, y (B, T), starts (B,): see there.
+    cross-entropy + energy_weight * |cost - budget|. x, y (B, T), starts (B,): see there.
 
     The gate learns on the passes that it will see: widths planned by the predictor for a random budget, exits by the gate
     itself at a random threshold. A token's own loss at full depth is that at full width too, since that is the answer it
-    would replace. `tokens`: how many supervised tokens it looks at. Returns 'loss' (the predictor's), 'share' (the mean
-    cost of its plans), 'kl' or 'budget', 'gate' and 'brier'.
+    would replace. `tokens`: how many supervised tokens it looks at (or `at`: their flat indices). Returns 'loss' (the
+    predictor's), 'share' (the mean cost of its plans), 'kl' or 'budget', 'gate' and 'brier'; with several ranks (rank,
+    world; reduce sums a tensor over them) the parts of these that add up over the ranks.
     """
     c, T = model.config, x.size(1)
     _, floor = level_shares(model)
     draw = torch.rand(3, generator=generator).tolist()
     budget, leave = floor + (1 - floor) * draw[0], 0.5 + 0.5 * draw[1]
     behind = torch.arange(T) >= starts[:, None] - 1
-    at = some_tokens(behind & (y.cpu() >= 0), tokens, generator)
+    if at is None:
+        at = some_tokens(behind & (y.cpu() >= 0), tokens, generator)
 
     prices = [[budget, random_price(torch.tensor(draw[2])).item()]] if temperature is None else []
     shadow, control = Shadow(at), Controls(model, budget, **calibrated_thresholds(leave, c), calibration={"prices": prices})
@@ -298,13 +338,17 @@ def controls_backward(model, x, y, starts, generator: torch.Generator, temperatu
         full = model.hidden(x)
         control.parallel(x, [row[:n] for row, n in zip(x.tolist(), starts.tolist())], behind, shadow)
     gate, seen = gate_loss(model, shadow, full.flatten(0, 1)[at.to(x.device)], y.flatten()[at.to(y.device)])
-    (gate * scale).backward()
-    out = {"gate": gate.detach(), "brier": torch.tensor(seen["brier"])}
+    own = torch.tensor([len(seen["label"]), int((behind & (y.cpu() >= 0)).sum())], dtype=torch.float64)
+    of_pairs, of_tokens = (own / reduce(own.clone()).clamp(min=1)).tolist()
+    (gate * (scale * of_pairs)).backward()
+    out = {"gate": gate.detach() * of_pairs, "brier": torch.tensor(seen["brier"] * of_pairs)}
     if temperature is None:
-        loss, seen = value_loss(model, x, y, starts, full, generator)
-        (loss * scale).backward()
-        return {"loss": loss.detach(), **out, **seen}
+        loss, seen = value_loss(model, x, y, starts, full, generator, rank, world)
+        (loss * (scale / world)).backward()
+        return {"loss": loss.detach() / world, **out, **{k: v / world for k, v in seen.items()}}
     budget = floor + (1 - floor) * draw[2]
-    loss, share = predictor_loss(model, x, y, starts, budget, temperature, generator)
-    ((loss + (share - budget).abs()) * scale).backward()
-    return {"loss": loss.detach(), **out, "share": share.detach(), "budget": torch.tensor(budget)}
+    loss, share = predictor_loss(model, x, y, starts, budget, temperature, generator, rank, world)
+    off = reduce(share.detach() / world) - budget  # of all ranks' rows together
+    ((loss * of_tokens + energy_weight * off.sign() * share / world) * scale).backward()
+    return {"loss": loss.detach() * of_tokens, **out, "share": share.detach() / world,
+            "budget": torch.tensor(budget / world)}

@@ -16,7 +16,7 @@ import json
 import os
 import pickle
 import pickletools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import rustbpe
@@ -24,7 +24,8 @@ import tiktoken
 import torch
 
 from nanochat.common import atomic_write
-from nanochat.dataset import split_text
+from nanochat.conversations import messages_of, turns
+from nanochat.shards import split_text
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # begins every document
@@ -198,7 +199,7 @@ class Tokenizer:
         Raises ValueError that says which message is malformed.
         """
         ids, mask = [self.get_bos_token_id()], [0]
-        for role, parts in _turns(conversation):
+        for role, parts in turns(conversation):
             # Who opens a turn is given, not learnt; how the assistant ends its own is learnt.
             learn_end = int(role == "assistant")
             pieces = [([self.special_tokens[f"<|{role}_start|>"]], 0)]
@@ -217,56 +218,12 @@ class Tokenizer:
 
     def render_for_completion(self, conversation: dict) -> list[int]:
         """Ids of the conversation without its last message (the assistant's), ending in <|assistant_start|>."""
-        messages = _messages(conversation)
+        messages = messages_of(conversation)
         if messages[-1].get("role") != "assistant":
             raise ValueError(f"message {len(messages) - 1} is the last and must be the assistant's, not of role "
                              f"{messages[-1].get('role')!r}, for a completion")
         ids, _ = self.render_conversation({"messages": messages[:-1]}, max_tokens=2**62)
         return [*ids, self.special_tokens["<|assistant_start|>"]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Conversations, checked
-
-def _messages(conversation: dict) -> list[dict]:
-    messages = conversation.get("messages") if isinstance(conversation, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("a conversation is {'messages': [...]} with at least one message")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise ValueError(f"message {i} is not {{'role': ..., 'content': ...}}")
-    return messages
-
-
-def _turns(conversation: dict) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(role, [(kind, text), ...]) of each message, the system's merged into the first user's. Raises ValueError."""
-    messages = _messages(conversation)
-    system = ""
-    first = int(messages[0]["role"] == "system")
-    if first:
-        if len(messages) < 2 or messages[1]["role"] != "user":
-            raise ValueError("message 0 is the system's, so message 1 must be the user's")
-        if not isinstance(messages[0]["content"], str):
-            raise ValueError("message 0: the content of a system message must be a string")
-        system = messages[0]["content"] + "\n\n"
-    for i, message in enumerate(messages[first:], first):
-        role, content = message["role"], message["content"]
-        expected = "user" if (i - first) % 2 == 0 else "assistant"
-        if role != expected:
-            raise ValueError(f"message {i} is of role {role!r}, but user and assistant alternate: {expected!r} is due")
-        if isinstance(content, str):
-            yield role, [("text", system + content if i == first else content)]
-            continue
-        if role == "user" or not isinstance(content, list):
-            due = "a user message must be a string" if role == "user" else \
-                "an assistant message must be a string or a list of parts"
-            raise ValueError(f"message {i}: the content of {due}, not {type(content).__name__}")
-        for j, part in enumerate(content):
-            if (not isinstance(part, dict) or part.get("type") not in ("text", "python", "python_output")
-                    or not isinstance(part.get("text"), str)):
-                raise ValueError(f"message {i}, part {j} is not {{'type': ..., 'text': ...}} of type text, python or "
-                                 "python_output")
-        yield role, [(part["type"], part["text"]) for part in content]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,19 +24,20 @@ import torch
 from nanochat.checkpoint_manager import build_model, load_state
 from nanochat.common import atomic_write, cli, get_base_dir, print0
 from nanochat.dataloader import DataLoader
-from nanochat.dataset import iter_texts, prepare
+from nanochat.dataset import prepare
+from nanochat.elastic_step import random_splits
 from nanochat.gpt import GPTConfig
 from nanochat.growing import INITS, Init, grow
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.loss_eval import evaluate_bpb, matryoshka_backward, sample_students
 from nanochat.optim import setup_optimizers
 from nanochat.ordering import ORDERS, order_by_data, order_by_weights, order_state
+from nanochat.shards import iter_texts
 from nanochat.stages import set_trained
 from nanochat.streaming import State
 from nanochat.surgery import insert
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import set_rates
-from scripts.fractal_train import random_splits
 
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt

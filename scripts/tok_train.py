@@ -11,7 +11,9 @@ import tiktoken
 import tiktoken.load
 
 from nanochat.common import cli, get_base_dir, print0
-from nanochat.dataset import DEFAULT_HUB, DEFAULT_SHARDS, EMBEDDED, iter_texts, prepare
+from nanochat.dataset import DEFAULT_HUB, prepare
+from nanochat.hub import DEFAULT_SHARDS
+from nanochat.shards import EMBEDDED, iter_texts
 from nanochat.tokenizer import Tokenizer, check_vocab_size
 
 

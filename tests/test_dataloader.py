@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat import dataloader
+from nanochat import packing
 from nanochat.dataloader import DataLoader
-from nanochat.dataset import iter_texts
+from nanochat.packing import RowStream
+from nanochat.shards import iter_texts
 from nanochat.tokenizer import Tokenizer
 
 BOS = 256  # of the smallest vocabulary, in which a token is a byte: ids read as text
@@ -74,7 +75,7 @@ def pieces_of(rows):
 
 def splitmix64(n):
     """Numbers in [0, 2^64), written from the generator's definition."""
-    state = dataloader.SEED
+    state = packing.SEED
     for _ in range(n):
         state = (state + 0x9E3779B97F4A7C15) & (2**64 - 1)
         z = state
@@ -83,7 +84,7 @@ def splitmix64(n):
         yield z ^ (z >> 31)
 
 
-def naive_rows(texts, seq_len, buffer_size, n_rows, refill=dataloader.REFILL_UNITS):
+def naive_rows(texts, seq_len, buffer_size, n_rows, refill=packing.REFILL_UNITS):
     """The packing in its plainest form: lists, linear scans, one epoch after the other."""
     source, buffer, rows, draws = [], [], [], splitmix64(10**6)
 
@@ -206,11 +207,11 @@ def test_resume_is_exact_everywhere(tok, folder, batch_size, seq_len, buffer_siz
 
 def test_resume_inside_a_giant_document(tok, folder, monkeypatch):
     """Documents that are tokenised in several spans, and a refill that stops in the middle of one."""
-    monkeypatch.setattr(dataloader, "REFILL_UNITS", 3)
+    monkeypatch.setattr(packing, "REFILL_UNITS", 3)
 
     def make(state=None):
         loader = DataLoader(tok, folder, "train", 1, 60, buffer_size=8, state=None)
-        loader.span_chars = 200
+        loader.streams[0].span_chars = 200
         if state is not None:
             loader._load_state(state)
         return loader
@@ -218,7 +219,8 @@ def test_resume_inside_a_giant_document(tok, folder, monkeypatch):
     while loader.epoch < 2:
         states.append(json.loads(json.dumps(loader.state())))
         rows += rows_of(loader, 1)
-    assert any(state["next"][2] > 3 for state in states) and any(p[2] > 3 for s in states for p in s["pieces"])
+    assert any(s["sources"][0]["next"][2] > 3 for s in states)
+    assert any(p[2] > 3 for s in states for p in s["sources"][0]["pieces"])
     for cut in range(0, len(states), 5):
         assert rows_of(make(states[cut]), 10)[:len(rows) - cut] == rows[cut:cut + 10]
 
@@ -227,12 +229,12 @@ def test_state_is_small_and_of_addresses(tok, folder):
     loader = DataLoader(tok, folder, "train", 4, 64)
     next(loader)
     text = json.dumps(loader.state())
-    assert len(text) < 30 * len(loader.state()["pieces"]) + 1000
+    assert len(text) < 30 * len(loader.state()["sources"][0]["pieces"]) + 1000
     assert "giant" not in text
 
 
 def test_foreign_states_are_refused(tok, folder, tmp_path):
-    arguments = {"tokenizer": tok, "folder": folder, "split": "train", "batch_size": 2, "seq_len": 32, "rank": 0,
+    arguments = {"tokenizer": tok, "data": folder, "split": "train", "batch_size": 2, "seq_len": 32, "rank": 0,
                  "world_size": 2, "buffer_size": 50}
     loader = DataLoader(**arguments)
     next(loader)
@@ -243,7 +245,7 @@ def test_foreign_states_are_refused(tok, folder, tmp_path):
     shorter = write(tmp_path / "shorter", [documents(5, 0), documents(5, 1)])
     for changes, words in [
         ({"tokenizer": other}, "another vocabulary size .265, here 267."), ({"tokenizer": swapped}, "another tokenizer"),
-        ({"folder": shorter}, "another dataset"), ({"split": "val"}, "another split"), ({"rank": 1}, "another rank"),
+        ({"data": shorter}, "another dataset"), ({"split": "val"}, "another split"), ({"rank": 1}, "another rank"),
         ({"batch_size": 3}, "another batch_size"), ({"seq_len": 33}, "another seq_len"),
         ({"rank": 0, "world_size": 1}, "another world_size"), ({"buffer_size": 51}, "another buffer_size"),
     ]:
@@ -256,23 +258,24 @@ def test_foreign_states_are_refused(tok, folder, tmp_path):
     with pytest.raises(ValueError, match="incomplete"):
         DataLoader(**arguments, state={"identity": state["identity"]})
     with pytest.raises(ValueError, match="text that is not there"):
-        DataLoader(**arguments, state={**state, "pieces": [[0, 10**6, 0, 0, 5]]})
+        DataLoader(**arguments, state={**state, "sources": [{**state["sources"][0], "pieces": [[0, 10**6, 0, 0, 5]]}]})
 
 
 # --- ranks and splits
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_ranks_share_the_documents_out(tok, tmp_path, world_size):
+def test_ranks_share_the_documents_out(tok, tmp_path, monkeypatch, world_size):
     shards = [[f"{s}.{r}" for r in range(n)] for s, n in enumerate((13, 2, 20, 5))]
     folder = write(tmp_path, [*shards, ["val"]], rows=4)
     read = collections.defaultdict(set)
 
-    class Spy(DataLoader):
-        def _add(self, address, tokens):
-            read[self.rank].add(address[:2])
-            super()._add(address, tokens)
+    def spy(self, address, tokens):
+        read[self.rank].add(address[:2])
+        add(self, address, tokens)
+    add = RowStream._add
+    monkeypatch.setattr(RowStream, "_add", spy)
     for rank in range(world_size):
-        loader = Spy(tok, folder, "train", 1, 9, rank=rank, world_size=world_size, buffer_size=6)
+        loader = DataLoader(tok, folder, "train", 1, 9, rank=rank, world_size=world_size, buffer_size=6)
         while loader.epoch < 2:
             rows_of(loader, 1)
     seen = list(read.values())
@@ -311,24 +314,25 @@ def test_batches_are_not_overwritten(tok, folder):
 def test_buffer_is_bounded_by_tokens_and_pieces(tok, tmp_path, monkeypatch):
     giant = "".join(random.Random(1).choices("abcdef \n", k=400_000))
     folder = write(tmp_path, [[giant, "small", giant[::-1]] + ["tiny"] * 300, ["val"]], rows=400)
-    monkeypatch.setattr(dataloader, "BUFFER_TOKENS", 30_000)
-    monkeypatch.setattr(dataloader, "REFILL_CHARS", 10_000)
+    monkeypatch.setattr(packing, "BUFFER_TOKENS", 30_000)
+    monkeypatch.setattr(packing, "REFILL_CHARS", 10_000)
     encoded = []
     encode = tok.encode
     monkeypatch.setattr(tok, "encode", lambda texts, **kw: (encoded.append(sum(map(len, texts))), encode(texts, **kw))[1])
     loader = DataLoader(tok, folder, "train", 4, 100, buffer_size=10**6)
-    most = 0
+    stream, most = loader.streams[0], 0
     for _ in range(600):
         next(loader)
-        most = max(most, loader._buffered)
-        assert loader._buffered == sum(len(tokens) for _, tokens in loader._pieces.values())
-        held = [tokens if tokens.base is None else tokens.base for _, tokens in loader._pieces.values()]
+        most = max(most, stream._buffered)
+        assert stream._buffered == sum(len(tokens) for _, tokens in stream._pieces.values())
+        held = [tokens if tokens.base is None else tokens.base for _, tokens in stream._pieces.values()]
         assert all(len(tokens) <= 100 for tokens in held)
     assert most <= 30_000 + 65_536 + 10_000 and max(encoded) <= 65_536 + 10_000  # one span over the limit at most
     loader = DataLoader(tok, folder, "train", 4, 100, buffer_size=20)
+    stream = loader.streams[0]
     for _ in range(600):
         next(loader)
-        assert len(loader._pieces) <= 20 + 700
+        assert len(stream._pieces) <= 20 + 700
 
 
 def test_share_without_documents(tok, tmp_path):

@@ -90,3 +90,12 @@ def test_step_is_teacher_plus_mean_of_students(hybrid, tokens):
     assert float(out["kl"]) == pytest.approx(sum(kls).item() / 2, rel=1e-4)
     for n, p in language_parameters(hybrid).items():
         torch.testing.assert_close(got[n], p.grad, atol=2e-6, rtol=2e-3)
+
+
+def test_a_batch_without_supervised_tokens_changes_nothing(hybrid, tokens):
+    """A batch of questions only: every loss and every gradient is zero, none is NaN."""
+    y = torch.full_like(tokens, -1)
+    students = [Student("ghost"), Student("normal", start=1, stop=2)]
+    losses = matryoshka_backward(hybrid, tokens, y, students, 1.0, torch.empty(0, dtype=torch.int64))
+    assert {k: float(v) for k, v in losses.items()} == {"loss": 0, "kl": 0, "gate": 0}
+    assert all(p.grad is None or not p.grad.any() for p in hybrid.parameters())
