@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -30,6 +31,33 @@ def print0(*args, **kwargs) -> None:
     """print on rank 0 only, flushed, so that a log file is readable while the program runs."""
     if get_rank()[0] == 0:
         print(*args, **kwargs, flush=True)
+
+
+class Progress:
+    """
+    Lines of progress with speed and the time that is left, at most one in `every` seconds. `total` counts what `step` is
+    told, in `unit`s ('bytes' are shown as GB).
+    """
+    def __init__(self, what: str, total: float, unit: str = "steps", every: float = 15.0):
+        self.what, self.total, self.unit, self.every = what, total, unit, every
+        self.start = self.said = time.perf_counter()
+        self.done = 0
+
+    def step(self, n: float = 1, text: str = "") -> None:
+        """n more are done; text: what else to show."""
+        self.done += n
+        now = time.perf_counter()
+        if now - self.said > self.every:
+            self.said = now
+            rate = self.done / (now - self.start)
+            shown = f"{self.done:.0f} of {self.total:.0f} {self.unit}, {rate:.2g}/s"
+            if self.unit == "bytes":
+                shown = f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {rate / 1e6:.0f} MB/s"
+            print0(f"  {self.what}: {shown}, ETA {(self.total - self.done) / rate:.0f} s" + (f" | {text}" if text else ""))
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
 
 
 def autodetect_device_type() -> str:

@@ -7,9 +7,9 @@ remain get wider. Controls turns both into decisions, for the engine (token by t
 of a text at once): the two decide alike, since a token's decision depends on its own state, and a row's widening only on
 the tokens before.
 """
-import functools
 import itertools
 import math
+import weakref
 
 import torch
 import torch.nn as nn
@@ -113,6 +113,11 @@ def gumbel_choice(logits: torch.Tensor, temperature: float, generator: torch.Gen
     return hard + (soft - soft.detach())
 
 
+def gumbel_temperature(step: int, total: int) -> float:
+    """1 falling to 0.2 over the first 64 % of the training steps."""
+    return max(0.2, 1 - step / (0.8 * total))
+
+
 def check_trained(model) -> None:
     """ValueError where the model has no trained controls: what they lack, and how to train them."""
     for name in ("predictor", "gate"):
@@ -167,6 +172,20 @@ class Controls:
         self.widths = choose(logits, self.levels, self.shares, self.price)
         return self.widths
 
+    def parallel(self, x: torch.Tensor, prompts: list[list[int]], acts: torch.Tensor, watch=None):
+        """
+        One pass over whole texts x (B, T) that decides as decoding them token by token would: (normed final states
+        (B, T, D), planned widths (B, n_block)). `exits` (B, T) and `ran` (n_block levels) say how each token was computed.
+        acts (B, T) bool: the tokens that generate. watch(i, states, exits): looks on at each exit point, before a decision.
+        """
+        widths, rows = self.plan(prompts).clone(), list(range(len(x)))
+
+        def decide(i, states, exits, levels):
+            if watch is not None:
+                watch(i, states, exits)
+            return self(rows, i, states, exits, levels, acts)
+        return self.model.hidden(x, widths, control=decide), widths
+
     def __call__(self, rows, i, x, exits, levels, acts=None):
         """
         rows: which of the planned rows these are. acts (B, T) bool: where the gate may decide (None: everywhere).
@@ -191,15 +210,25 @@ class Controls:
         return exits, levels
 
 
-@functools.lru_cache(maxsize=4)  # a model's costs do not change, and every answer asks for them
+_shares = weakref.WeakKeyDictionary()  # a model's costs do not change, and every answer asks for them
+
+
 def level_shares(model) -> tuple[torch.Tensor, float]:
     """
     (n_block, n_levels) fp64: the FLOPs of each block at each level as shares of the whole model at full width, half its
     context filled; and the share of the model at its narrowest, the least budget that a plan can meet.
     """
-    table, fixed = cost_table(model, model.config.sequence_len / 2)
-    full = float(table[:, -1].sum()) + fixed
-    return table / full, (float(table[:, 0].sum()) + fixed) / full
+    if model not in _shares:
+        table, fixed = cost_table(model, model.config.sequence_len / 2)
+        full = float(table[:, -1].sum()) + fixed
+        _shares[model] = table / full, (float(table[:, 0].sum()) + fixed) / full
+    return _shares[model]
+
+
+def budget_grid(model) -> list[float]:
+    """Ten budgets from a little above the narrowest widths' cost up to 1."""
+    _, floor = level_shares(model)
+    return [round(floor + (1 - floor) * i / 10, 4) for i in range(1, 11)]
 
 
 def check_thresholds(leave: float, expand: float) -> None:

@@ -16,8 +16,8 @@ import torch
 
 from nanochat.cache import MatryoshkaKVCache
 from nanochat.common import get_compute_dtype
-from nanochat.confidence_probe import Controls, check_trained
-from nanochat.mamba_block import FP32_PARAMS
+from nanochat.confidence_probe import Controls, check_trained, pad
+from nanochat.hybrid_gpt import stays_fp32
 from nanochat.matryoshka import token_flops
 
 
@@ -30,7 +30,7 @@ def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None)
     dtype = dtype or get_compute_dtype(device_type)
     for name, p in model.named_parameters():
         p.requires_grad_(False)
-        if not (".mamba." in name and name.endswith(FP32_PARAMS)) and not name.startswith(("gate.", "predictor.")):
+        if not stays_fp32(name):
             p.data = p.data.to(dtype)
     model.compute_dtype = dtype
     model.to(device_type).eval()
@@ -80,14 +80,12 @@ class Trace:
         context = torch.arange(1, n + m + 1)
         depth = torch.tensor([config.n_block] * n + [d for d, _ in self.steps])
         widths = torch.tensor([self.widths] * n + [w for _, w in self.steps])
-        spent = token_flops(model, depth, widths, context)
         full = token_flops(model, torch.full_like(depth, config.n_block), torch.full_like(widths, config.top_width), context)
-        out = {"prompt": float(spent[:n].sum()), "generated": float(spent[n:].sum()),
-               "full_prompt": float(full[:n].sum()), "full_generated": float(full[n:].sum())}
-        if self.auto:
-            out["prompt"] += model.predictor.flops(self.prompt_tokens)
-            out["generated"] += model.gate.flops * sum(p <= d for d, _ in self.steps for p in config.exit_points)
-        return out
+        prompt = token_flops(model, depth[:n], widths[:n], context[:n])
+        generated = token_flops(model, depth[n:], widths[n:], context[n:], model.gate.flops if self.auto else 0)
+        return {"prompt": float(prompt.sum()) + (model.predictor.flops(self.prompt_tokens) if self.auto else 0),
+                "generated": float(generated.sum()),
+                "full_prompt": float(full[:n].sum()), "full_generated": float(full[n:].sum())}
 
 
 class Engine:
@@ -102,6 +100,14 @@ class Engine:
         """The tokens that follow one prompt, one by one; options as in `stream`."""
         for pairs in self.stream([prompt], max_tokens, **options):
             yield from (token for _, token in pairs)
+
+    def answers(self, prompts: list[list[int]], max_tokens: int, **options) -> list[list[int]]:
+        """The whole answers to prompts, in one batch; options as in `stream`."""
+        out = [[] for _ in prompts]
+        for pairs in self.stream(prompts, max_tokens, **options):
+            for row, token in pairs:
+                out[row].append(token)
+        return out
 
     @torch.inference_mode()
     def stream(self, prompts: list[list[int]], max_tokens: int, mode=None, depth=None, temperature: float = 1.0,
@@ -218,9 +224,8 @@ class Engine:
     def _prefill(self, texts: list[list[int]], widths, cache) -> torch.Tensor:
         """Runs the texts, of different lengths, into the cache; the hidden state (B, D) of each one's last token."""
         lengths = [len(t) for t in texts]
-        longest = max(lengths)
-        idx = torch.tensor([t + [0] * (longest - len(t)) for t in texts], device=self.model.device)
-        h = self.model.hidden(idx, widths, cache=cache, lengths=lengths if min(lengths) < longest else None)
+        idx, _ = pad(texts, self.model.device)
+        h = self.model.hidden(idx, widths, cache=cache, lengths=lengths if min(lengths) < idx.size(1) else None)
         return h[torch.arange(len(texts)), torch.tensor(lengths) - 1]
 
     def _sample(self, logits, generators, temperature, top_k, top_p) -> list[int]:

@@ -99,6 +99,23 @@ class GPTConfig:
         return cls(sequence_len, vocab_size, depth, n_head, n_head, width)
 
 
+class Head(nn.Linear):
+    """
+    lm_head. Whoever needs its matrix calls it: where the model is sharded, a call is what makes the matrix whole.
+    """
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.n_embd, config.vocab_size, bias=False)
+        self.softcap = config.softcap
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., D) -> logits (..., vocab), fp32."""
+        return head_logits(h, self.weight, self.softcap)
+
+    def loss(self, h, targets, teacher=None, reduction="mean") -> torch.Tensor:
+        """See loss_eval.head_loss."""
+        return head_loss(h, self.weight, targets, self.softcap, teacher, reduction)
+
+
 class GPT(nn.Module):
     """
     Parameter names are nanochat's: transformer.wte, transformer.h.{i}.{attn,mlp}.*, lm_head. Master weights are fp32;
@@ -114,7 +131,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(self._make_blocks(config)),
         })
         assert len(self.transformer.h) == config.n_block
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Head(config)
 
     def _make_blocks(self, config):
         return [AttentionBlock(config, value_embedding=False) for _ in range(config.n_layer)]
@@ -232,11 +249,11 @@ class GPT(nn.Module):
         if targets is None:
             assert teacher is None, "distillation needs targets: they say which positions are supervised"
             return self.logits(h)
-        return head_loss(h, self.lm_head.weight, targets, self.config.softcap, teacher, reduction), h.detach()
+        return self.lm_head.loss(h, targets, teacher, reduction), h.detach()
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., D) -> logits (..., vocab), fp32."""
-        return head_logits(h, self.lm_head.weight, self.config.softcap)
+        return self.lm_head(h)
 
     def cost(self, widths=None, context: float = 0, depth: int | None = None) -> dict[str, Cost]:
         """

@@ -12,8 +12,15 @@ import torch.nn as nn
 
 from nanochat.confidence_probe import ConfidenceGate, LayerDimPredictor, check_thresholds
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.mamba_block import Mamba2
+from nanochat.mamba_block import FP32_PARAMS, Mamba2
 from nanochat.matryoshka import MLP, AttentionBlock, add_prefix, norm
+
+CONTROLS = ("gate.", "predictor.")  # the parameters' names of mode auto's two controls begin so
+
+
+def stays_fp32(name: str) -> bool:
+    """Whether a parameter keeps fp32 where the others are cast: the SSM's own and the controls."""
+    return (".mamba." in name and name.endswith(FP32_PARAMS)) or name.startswith(CONTROLS)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ What the model is trained on and judged by: cross-entropy, distillation of a nar
 Logits are never whole in memory: the head, the softmax and both their gradients run over chunks of tokens, forward and
 backward in one sweep. At 4096 tokens and 8192 classes on two cores that takes 270 ms where the plain loss takes 835.
 """
-import functools
 import math
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from nanochat.confidence_probe import Controls, gumbel_choice, level_shares, predict
+from nanochat.confidence_probe import Controls, calibrated_thresholds, gumbel_choice, level_shares, predict
 from nanochat.matryoshka import cost_table, energy, expand_from, norm, sample_exits, sample_levels, sliced_linear, soft_masks
 
 CHUNK = 256  # tokens; their fp32 logits for 8192 classes are 8 MB, which stays in a CPU's last-level cache
@@ -39,7 +38,7 @@ class _HeadLoss(torch.autograd.Function):
         losses = torch.zeros(len(h), dtype=wide, device=h.device)
         scale = 1.0 / max(1, int((targets >= 0).sum()))
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        dw = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for i in range(0, len(h), CHUNK):
             s = slice(i, i + CHUNK)
             hc, live = h[s], (targets[s] >= 0).to(wide)[:, None]
@@ -67,6 +66,7 @@ class _HeadLoss(torch.autograd.Function):
                 if dw is not None:
                     dw.add_(g.T @ hc)
         ctx.save_for_backward(dh, dw)
+        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
         return losses, losses.sum() * scale
 
@@ -74,7 +74,8 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, _, g):
         dh, dw = ctx.saved_tensors
-        return (None if dh is None else dh * g.to(dh.dtype)), (None if dw is None else dw * g), None, None, None
+        return (None if dh is None else dh * g.to(dh.dtype)), (None if dw is None else (dw * g).to(ctx.weight_dtype)), \
+            None, None, None
 
 
 def head_loss(h, weight, targets, softcap, teacher=None, reduction="mean") -> torch.Tensor:
@@ -94,17 +95,37 @@ def head_loss(h, weight, targets, softcap, teacher=None, reduction="mean") -> to
 @torch.no_grad()
 def evaluate_bpb(model, batches, steps: int, token_bytes: torch.Tensor, **forward_args) -> float:
     """
-    Bits per byte of text: summed cross-entropy / (ln 2 * bytes of the target tokens), which does not depend on the
-    tokenizer. Special tokens (0 bytes) are not counted. batches yields (x, y); token_bytes is (V,).
+    Bits per byte of text, which does not depend on the tokenizer. batches yields (x, y); token_bytes is (V,).
     """
-    nats, count = 0.0, 0
+    text = BitsPerByte(token_bytes)
     for _, (x, y) in zip(range(steps), batches):
         losses, _ = model(x, y, reduction="none", **forward_args)
-        size = torch.where(y.flatten() >= 0, token_bytes.to(y.device)[y.flatten().clamp(min=0)], 0)
-        nats += float((losses * (size > 0)).sum())
-        count += int(size.sum())
-    assert count > 0, "the evaluation saw no text"
-    return nats / (math.log(2) * count)
+        text.add(losses, y)
+    return text.value
+
+
+class BitsPerByte:
+    """Summed cross-entropy / (ln 2 * bytes of the target tokens). Special tokens (0 bytes) are not counted."""
+    def __init__(self, token_bytes: torch.Tensor):
+        self.token_bytes, self.nats, self.bytes = token_bytes, 0.0, 0
+
+    def add(self, losses: torch.Tensor, targets: torch.Tensor) -> None:
+        """losses (B*T,) in nats; targets (B, T), negative where a position does not count."""
+        y = targets.flatten()
+        size = torch.where(y >= 0, self.token_bytes.to(y.device)[y.clamp(min=0)], 0)
+        self.nats += float((losses * (size > 0)).sum())
+        self.bytes += int(size.sum())
+
+    @property
+    def value(self) -> float:
+        assert self.bytes > 0, "the evaluation saw no text"
+        return self.nats / (math.log(2) * self.bytes)
+
+
+def some_tokens(mask: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+    """Flat indices of at most n random tokens of mask (B, T) bool."""
+    at = mask.cpu().flatten().nonzero()[:, 0]
+    return at[torch.randperm(len(at), generator=generator)[:n]]
 
 
 class Student(NamedTuple):
@@ -162,16 +183,16 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
 
 class Shadow:
     """
-    Looks on at a pass's exit points, as GPT.hidden's control, and keeps the states of a few tokens for the gate. at: flat
-    indices into (B, T). `inner`: another control that decides meanwhile; only tokens that it lets reach a point count there.
+    Looks on at a pass's exit points, as GPT.hidden's control or Controls.parallel's watch, and keeps the states of a few
+    tokens for the gate, and whether they got there. at: flat indices into (B, T).
     """
-    def __init__(self, at: torch.Tensor, inner=None):
-        self.at, self.inner, self.seen = at, inner, []
+    def __init__(self, at: torch.Tensor):
+        self.at, self.seen = at, []
 
-    def __call__(self, i, x, exits, levels):
+    def __call__(self, i, x, exits, levels=None):
         at = self.at.to(x.device)
         self.seen.append((i, x.flatten(0, 1)[at].detach(), exits.flatten()[self.at] > i))
-        return self.inner(i, x, exits, levels) if self.inner else (exits, levels)
+        return exits, levels
 
 
 def gate_loss(model, shadow: Shadow, full: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -181,14 +202,12 @@ def gate_loss(model, shadow: Shadow, full: torch.Tensor, targets: torch.Tensor) 
     full depth; targets (M,) int64, none of them negative. Only the gate gets gradient. Returns the mean and 'brier',
     'rate' (share of labels that are 1), and the 'confidence' and 'label' of every pair (N,).
     """
-    c, head = model.config, model.lm_head.weight.detach()
-    with torch.no_grad():
-        own = head_loss(full[None], head, targets[None], c.softcap, reduction="none")
-    logits, labels = [], []
-    for i, x, here in shadow.seen:
-        h = norm(x, c.d_ref, c.norm_eps)
-        with torch.no_grad():
-            loss = head_loss(h[None], head, targets[None], c.softcap, reduction="none")
+    c, logits, labels = model.config, [], []
+    states = [full, *(norm(x, c.d_ref, c.norm_eps) for _, x, _ in shadow.seen)]
+    with torch.no_grad():  # one call for all exit points: a sharded head is gathered once
+        own, *losses = model.lm_head.loss(torch.stack(states), targets.expand(len(states), -1),
+                                          reduction="none").view(len(states), -1)
+    for (i, _, here), h, loss in zip(shadow.seen, states[1:], losses):
         here = here.to(h.device)
         logits.append(model.gate(h, c.exit_points.index(i))[here])
         labels.append((loss <= own + c.exit_tau).float()[here])
@@ -230,20 +249,17 @@ def controls_backward(model, x, y, starts, generator: torch.Generator, temperatu
     would replace. `tokens`: how many supervised tokens it looks at. Returns 'loss' (the cross-entropy of the sampled plan),
     'budget' and 'share' (asked and expected cost), 'gate' and 'brier'.
     """
-    c, (B, T) = model.config, x.shape
+    c, T = model.config, x.size(1)
     _, floor = level_shares(model)
     draw = torch.rand(3, generator=generator).tolist()
     budget, leave = floor + (1 - floor) * draw[0], 0.5 + 0.5 * draw[1]
     behind = torch.arange(T) >= starts[:, None] - 1
-    at = (behind & (y.cpu() >= 0)).flatten().nonzero()[:, 0]
-    at = at[torch.randperm(len(at), generator=generator)[:tokens]]
+    at = some_tokens(behind & (y.cpu() >= 0), tokens, generator)
 
-    control = Controls(model, budget, leave, min(leave, c.expand_threshold))
-    decide = functools.partial(control, list(range(B)), acts=behind)
-    shadow = Shadow(at, decide)
+    shadow, control = Shadow(at), Controls(model, budget, **calibrated_thresholds(leave, c))
     with torch.no_grad():
         full = model.hidden(x).flatten(0, 1)[at.to(x.device)]
-        model.hidden(x, control.plan([row[:n] for row, n in zip(x.tolist(), starts.tolist())]).clone(), control=shadow)
+        control.parallel(x, [row[:n] for row, n in zip(x.tolist(), starts.tolist())], behind, shadow)
     gate, seen = gate_loss(model, shadow, full, y.flatten()[at.to(y.device)])
     (gate * scale).backward()
 

@@ -429,10 +429,12 @@ def cost_table(model, context: float) -> tuple[torch.Tensor, float]:
     return table, parts["static"].flops + parts["head"].flops
 
 
-def token_flops(model, depth: torch.Tensor, widths: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+def token_flops(model, depth: torch.Tensor, widths: torch.Tensor, context: torch.Tensor,
+                per_point: float = 0.0) -> torch.Tensor:
     """
     What each of N tokens costs that runs `depth` (N,) blocks at `widths` (N, n_block) int64 and then only writes its memory,
     when attention sees `context` (N,) positions: FLOPs (N,) fp64, head included. The same as model.cost, for many tokens.
+    per_point: FLOPs of a decision at each exit point that a token reaches.
     """
     blocks, levels = model.transformer.h, model.config.levels
     base, one = (torch.tensor([[[sum(c.flops for c in block_cost(block, d, n, exited)) for exited in (False, True)]
@@ -440,7 +442,8 @@ def token_flops(model, depth: torch.Tensor, widths: torch.Tensor, context: torch
     b = torch.arange(len(blocks))
     at = b, torch.searchsorted(torch.tensor(levels), widths), (b >= depth[:, None]).long()
     spent = base[at] + (one - base)[at] * context[:, None]  # a token's cost is linear in its context
-    return spent.sum(1) + model.cost()["head"].flops
+    points = (depth[:, None] >= torch.tensor(model.config.exit_points)).sum(1) if per_point else 0
+    return spent.sum(1) + model.cost()["head"].flops + per_point * points
 
 
 def energy(choice: torch.Tensor, table: torch.Tensor, fixed: float = 0.0) -> torch.Tensor:

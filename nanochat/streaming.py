@@ -8,7 +8,6 @@ resident at any time is about one block, whatever the model's size.
 import contextlib
 import hashlib
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
 from nanochat.checkpoint_manager import build_model, check_state, load_torch
-from nanochat.common import print0
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.mamba_block import FP32_PARAMS
+from nanochat.hybrid_gpt import stays_fp32
 
 WRITE_BYTES = 1 << 26
 
@@ -40,8 +38,7 @@ class State:
 
     def stored(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype that `name` has in a file of this dtype: what the recurrence and the controls need stays fp32."""
-        keep = (".mamba." in name and name.endswith(FP32_PARAMS)) or name.startswith(("gate.", "predictor."))
-        return torch.promote_types(dtype, torch.float32) if keep else dtype
+        return torch.promote_types(dtype, torch.float32) if stays_fp32(name) else dtype
 
     def rounded(self, dtype: torch.dtype) -> "State":
         """This state as a file of `dtype` would give it back."""
@@ -179,31 +176,6 @@ def _map(fn, tree, *others):
         return [_map(fn, v, *(o[i] for o in others)) for i, v in enumerate(tree)]
     assert not isinstance(tree, torch.Tensor), "a tensor that is no Leaf would be left out"
     return tree
-
-
-class Progress:
-    """
-    Lines of progress with the time that is left, at most one in `every` seconds. `total` counts what `step` is told, shown
-    in `unit`s.
-    """
-    def __init__(self, what: str, total: float, unit: str = "", every: float = 15.0):
-        self.what, self.total, self.unit, self.every = what, total, unit, every
-        self.start = self.said = time.perf_counter()
-        self.done = 0
-
-    def step(self, n: float = 1) -> None:
-        self.done += n
-        now = time.perf_counter()
-        if now - self.said > self.every:
-            self.said = now
-            left = (now - self.start) * (self.total / self.done - 1)
-            shown = (f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {self.done / (now - self.start) / 1e6:.0f} MB/s"
-                     if self.unit == "bytes" else f"{self.done:.0f} of {self.total:.0f} {self.unit}")
-            print0(f"{self.what}: {shown}, ETA {left:.0f} s")
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
 
 
 @contextlib.contextmanager

@@ -95,16 +95,6 @@ def derive_batch(args, sequence_len: int) -> tuple[str, torch.dtype, int]:
     return device, dtype, passes
 
 
-def compile_blocks(model, backend: str = "inductor") -> None:
-    """
-    Compiles each block as one graph, with one static variant per level that it meets. Blocks of one kind share the
-    compiled code, so the number of variants does not grow with depth; torch's default limit of 8 would be too low.
-    """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(model.config.levels))
-    for block in model.transformer.h:
-        block.compile(fullgraph=True, dynamic=False, backend=backend)
-
-
 def lr_multiplier(step: int, total: int, warmup_ratio: float, warmdown_ratio: float) -> float:
     """Linear warm-up, constant, linear warm-down to zero after the last step."""
     warmup, warmdown = round(warmup_ratio * total), round(warmdown_ratio * total)
@@ -116,6 +106,17 @@ def lr_multiplier(step: int, total: int, warmup_ratio: float, warmdown_ratio: fl
 def muon_momentum(step: int) -> float:
     """0.85 rising to 0.95 over the first 300 steps, as in nanochat."""
     return 0.85 + 0.10 * min(step / 300, 1)
+
+
+def set_rates(optimizers, step: int, total: int, warmup_ratio: float, warmdown_ratio: float) -> float:
+    """Learning rates and Muon's momentum of a step, of `total`. Returns the multiplier of the rates."""
+    scale = lr_multiplier(step, total, warmup_ratio, warmdown_ratio)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+            if "momentum" in group:
+                group["momentum"] = muon_momentum(step)
+    return scale
 
 
 class Run:
@@ -226,12 +227,8 @@ class Run:
                     x, y = next(batches)
                     for k, v in backward(step, x, y, 1 / passes).items():
                         losses[k] = losses.get(k, 0) + v / passes
-                scale = lr_multiplier(step, total, args.warmup_ratio, args.warmdown_ratio)
+                scale = set_rates(optimizers, step, total, args.warmup_ratio, args.warmdown_ratio)
                 for opt in optimizers:
-                    for group in opt.param_groups:
-                        group["lr"] = group["initial_lr"] * scale
-                        if "momentum" in group:
-                            group["momentum"] = muon_momentum(step)
                     opt.step()
                 model.zero_grad(set_to_none=True)
                 losses = {k: float(v) for k, v in losses.items()}  # waits for the device

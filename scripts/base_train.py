@@ -13,12 +13,13 @@ import torch
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, get_base_dir, print0
 from nanochat.dataloader import DataLoader
+from nanochat.distributed import compile_blocks
 from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_bpb, matryoshka_backward
 from nanochat.mixture import prepare_mixture
 from nanochat.optim import setup_optimizers
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import Run, add_training_args, compile_blocks, derive_batch
+from nanochat.training import Run, add_training_args, derive_batch
 
 
 @cli

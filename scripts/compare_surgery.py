@@ -32,11 +32,12 @@ from nanochat.loss_eval import evaluate_bpb, matryoshka_backward, sample_student
 from nanochat.optim import setup_optimizers
 from nanochat.ordering import ORDERS, order_by_data, order_by_weights, order_state
 from nanochat.shards import iter_texts
+from nanochat.stages import set_trained
 from nanochat.streaming import State
 from nanochat.surgery import insert
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import lr_multiplier, muon_momentum
-from scripts.fractal_train import freeze_base, random_splits
+from nanochat.training import set_rates
+from scripts.fractal_train import random_splits
 
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
@@ -74,11 +75,8 @@ def train(model, text: Text, start: int, steps: int, lr_scale: float = 1.0, ever
             model(x, y)[0].backward()
         else:
             backward(step, x, y)
+        set_rates(opts, step, steps, warmup, 0.6)
         for opt in opts:
-            for group in opt.param_groups:
-                group["lr"] = group["initial_lr"] * lr_multiplier(step, steps, warmup, 0.6)
-                if "momentum" in group:
-                    group["momentum"] = muon_momentum(step)
             opt.step()
         model.zero_grad(set_to_none=True)
         if step + 1 == steps or (every and (step + 1) % every == 0):
@@ -200,9 +198,7 @@ def order(args) -> dict:
                 matryoshka_backward(model, x, y, sample_students(model.config, rows, T, random_splits(rows, T, g), g), 1.0)
             for when in ("before", "after"):
                 if when == "after":
-                    freeze_base(model)
-                    model.predictor.requires_grad_(False)
-                    model.gate.requires_grad_(False)
+                    set_trained(model, "stage 1")
                     train(model, text, args.steps, args.more_steps, backward=backward)
                 got = {mode: text.bpb(model, mode) for mode in levels}
                 for mode, value in got.items():

@@ -13,7 +13,6 @@ FLOPs are per token at the mean context of the evaluation. The dynamic part (att
 the Mamba mixers and the head do not, so the whole model's share is given beside it.
 """
 import argparse
-import functools
 import time
 from dataclasses import asdict, replace
 
@@ -23,17 +22,32 @@ from nanochat import checkpoint_manager as ckpt
 from nanochat.common import autodetect_device_type, cli, get_compute_dtype, print0
 from nanochat.confidence_probe import (
     Controls,
+    budget_grid,
     calibrate,
     calibrate_prices,
     calibrated_thresholds,
     check_trained,
-    level_shares,
     sequences_needed,
 )
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
 from nanochat.engine import Engine, prepare_inference
 from nanochat.loss_eval import evaluate_bpb
+
+
+def add_eval_args(p: argparse.ArgumentParser, tokens: int) -> None:
+    """The flags that say on what text is evaluated."""
+    p.add_argument("--data", default="embedded", help="as in training; its validation split is read (default: embedded)")
+    p.add_argument("--eval-tokens", type=int, default=tokens,
+                   help=f"validation tokens for each row of the table (default: {tokens})")
+    p.add_argument("--device-batch-size", type=int, default=8, help="rows per forward pass (default: 8)")
+
+
+def eval_steps(args, sequence_len: int) -> int:
+    """Passes that --eval-tokens asks for; ValueError for values out of range."""
+    if args.device_batch_size < 1 or args.eval_tokens < 1:
+        raise ValueError("--device-batch-size and --eval-tokens must be at least 1")
+    return max(1, args.eval_tokens // (args.device_batch_size * sequence_len))
 
 
 def mode_table(model, context: float) -> dict[str, dict]:
@@ -82,11 +96,7 @@ def continuations(model, tokenizer, data, n: int, length: int, batch: int, devic
             raise ValueError(f"the validation text ends after {len(rows)} sequences, and --sequences asks for {n}: "
                              "give more --data, or ask for fewer")
         prompts = x[:, :start].tolist()
-        out = [list(p) for p in prompts]
-        for pairs in engine.stream(prompts, length, temperature=0):
-            for r, token in pairs:
-                out[r].append(token)
-        rows += out
+        rows += [p + answer for p, answer in zip(prompts, engine.answers(prompts, length, temperature=0))]
         spent = time.perf_counter() - began
         print0(f"  full compute: {min(len(rows), n)}/{n} sequences, {len(rows) * length / spent:,.0f} tok/s, "
                f"ETA {max(0, spent / len(rows) * (n - len(rows))):.0f} s")
@@ -103,9 +113,7 @@ def differing(model, ids: torch.Tensor, start: int, control, batch: int) -> torc
     out = []
     for i in range(0, len(ids), batch):
         x = ids[i:i + batch, :-1]
-        widths = control.plan(x[:, :start].tolist()).clone()
-        acts = (torch.arange(x.size(1)) >= start - 1).expand(len(x), -1)
-        h = model.hidden(x, widths, control=functools.partial(control, list(range(len(x))), acts=acts))
+        h, _ = control.parallel(x, x[:, :start].tolist(), (torch.arange(x.size(1)) >= start - 1).expand(len(x), -1))
         chosen = model.logits(h[:, start - 1:]).argmax(-1)
         out.append((chosen != ids[i:i + batch, start:]).double().mean(1).cpu())
     return torch.cat(out)
@@ -120,15 +128,13 @@ def calibrate_checkpoint(args, model, tokenizer, info, file, data, device) -> di
     if args.sequences < least:
         raise ValueError(f"--sequences {args.sequences} cannot bound the risk by {args.delta} at confidence "
                          f"{1 - args.epsilon:g}: ask for at least {least}, or a larger --delta or --epsilon")
-    _, floor = level_shares(model)
     budget = 1.0 if args.budget is None else args.budget
     prepare_inference(model, device)
     ids, start = continuations(model, tokenizer, data, args.sequences, args.new_tokens, args.device_batch_size, device)
-    budgets = sorted({round(floor + (1 - floor) * i / 10, 4) for i in range(1, 11)} | {budget})
-    prices = calibrate_prices(model, ids[:, :start].tolist(), budgets)
+    prices = calibrate_prices(model, ids[:, :start].tolist(), sorted({*budget_grid(model), budget}))
 
     def losses_at(threshold):
-        control = Controls(model, budget, threshold, min(threshold, model.config.expand_threshold), {"prices": prices})
+        control = Controls(model, budget, **calibrated_thresholds(threshold, model.config), calibration={"prices": prices})
         losses = differing(model, ids, start, control, args.device_batch_size)
         print0(f"  exit threshold {threshold}: {losses.mean():.2%} of the tokens differ")
         return losses
@@ -151,9 +157,7 @@ def calibrate_checkpoint(args, model, tokenizer, info, file, data, device) -> di
 def main(argv=None):
     p = argparse.ArgumentParser(description="Bits per byte and compute at each mode.")
     p.add_argument("--checkpoint", required=True, help="a model's folder (export or training), or the model.pt in it")
-    p.add_argument("--data", default="embedded", help="as in training; its validation split is read (default: embedded)")
-    p.add_argument("--eval-tokens", type=int, default=163840, help="validation tokens per mode (default: 163840)")
-    p.add_argument("--device-batch-size", type=int, default=8, help="rows per forward pass (default: 8)")
+    add_eval_args(p, 163840)
     p.add_argument("--json", default=None, help="also write the table to this file")
     p.add_argument("--calibrate", action="store_true", help="choose the exit threshold of mode auto, instead of the table")
     p.add_argument("--delta", type=float, default=0.02, help="the risk to stay below: share of tokens (default: 0.02)")
@@ -163,20 +167,18 @@ def main(argv=None):
     p.add_argument("--sequences", type=int, default=256, help="held-out sequences to calibrate on (default: 256)")
     p.add_argument("--new-tokens", type=int, default=32, help="generated tokens of each (default: 32)")
     args = p.parse_args(argv)
-    if args.device_batch_size < 1 or args.eval_tokens < 1:
-        raise ValueError("--device-batch-size and --eval-tokens must be at least 1")
 
     device = autodetect_device_type()
     model, tokenizer, info, file = ckpt.load(args.checkpoint, device)
     model.compute_dtype = get_compute_dtype(device)
     T = model.config.sequence_len
+    steps = eval_steps(args, T)
     data = prepare(args.data)
     if args.calibrate:
         evidence = calibrate_checkpoint(args, model, tokenizer, info, file, data, device)
         if args.json:
             ckpt.save_json(evidence, args.json)
         return evidence
-    steps = max(1, args.eval_tokens // (args.device_batch_size * T))
     rows = mode_table(model, (T + 1) / 2)
     token_bytes = tokenizer.token_bytes()
     for mode, row in rows.items():

@@ -21,7 +21,9 @@ import torch
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, get_base_dir, print0
+from nanochat.confidence_probe import gumbel_temperature
 from nanochat.dataloader import DataLoader
+from nanochat.distributed import compile_blocks
 from nanochat.loss_eval import (
     GATE_TOKENS,
     Student,
@@ -29,20 +31,12 @@ from nanochat.loss_eval import (
     evaluate_bpb,
     matryoshka_backward,
     sample_students,
+    some_tokens,
 )
 from nanochat.mixture import default_data, prepare_mixture
 from nanochat.optim import setup_optimizers
-from nanochat.training import Run, add_training_args, compile_blocks, derive_batch
-
-CONTROLS = ("gate.", "predictor.")
-
-
-def freeze_base(model) -> None:
-    """Stage 1's rule, what is new is trained and what is old is frozen: only what surgery added keeps its gradient."""
-    for name, p in model.named_parameters():
-        block = model.transformer.h[int(name.split(".")[2])] if name.startswith("transformer.h.") else None
-        p.requires_grad_(name.startswith(("value_embeds.", *CONTROLS)) or ".ve_gate." in name
-                         or (block is not None and block.kind == "mamba"))
+from nanochat.stages import set_trained
+from nanochat.training import Run, add_training_args, derive_batch
 
 
 def random_splits(rows: int, T: int, generator: torch.Generator) -> torch.Tensor:
@@ -89,15 +83,8 @@ def main(argv=None):
     folder = get_base_dir() / "fractal_checkpoints" / f"{args.tag}_{config.n_embd}{suffix}"
     if folder.resolve() == file.parent.resolve():
         raise ValueError(f"{folder} is both the source and the destination: name another family with --tag")
-    if args.controls:
-        for name, p in model.named_parameters():
-            p.requires_grad_(name.startswith(CONTROLS))
-    elif not args.unfreeze:
-        freeze_base(model)
-    if not args.controls:  # which the predictor's own runs train
-        model.predictor.requires_grad_(False)
-    if not (args.controls or args.matryoshka):
-        model.gate.requires_grad_(False)
+    phase = "controls" if args.controls else "unfrozen" if args.unfreeze else f"stage {args.stage}"
+    set_trained(model, phase, gate=args.matryoshka)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts = model.num_params()
     print0("parameters " + ", ".join(f"{k} {v:,}" for k, v in counts.items()) + f"; trained {trained:,}")
@@ -127,16 +114,14 @@ def main(argv=None):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rows, T = x.shape
         if args.controls:
-            temperature = max(0.2, 1 - step / (0.8 * args.num_iterations))
-            return controls_backward(model, x, y, random_splits(rows, T, generator), generator, temperature, scale=scale)
+            return controls_backward(model, x, y, random_splits(rows, T, generator), generator,
+                                     gumbel_temperature(step, args.num_iterations), scale=scale)
         if not args.matryoshka:
             return matryoshka_backward(model, x, y, [], scale)
         students = [Student(d) for d in config.levels if d < config.top_width]
         if args.sample_dim:
             students = sample_students(config, rows, T, random_splits(rows, T, generator), generator)
-        at = (y.cpu() >= 0).flatten().nonzero()[:, 0]
-        at = at[torch.randperm(len(at), generator=generator)[:GATE_TOKENS]]
-        return matryoshka_backward(model, x, y, students, scale, at)
+        return matryoshka_backward(model, x, y, students, scale, some_tokens(y >= 0, GATE_TOKENS, generator))
 
     if not run.finished:
         rates = [lr * args.lr_scale for lr in (args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)]

@@ -8,19 +8,18 @@ thresholds, of one model; and other models beside it, such as ones of a sub-mode
 The first eighth of each row is the prompt: the predictor sees it, and it runs at full depth. Only what follows counts.
 """
 import argparse
-import functools
-import math
 from pathlib import Path
 
 import torch
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import autodetect_device_type, cli, get_compute_dtype, print0
-from nanochat.confidence_probe import Controls, calibrate_prices, check_trained, level_shares
+from nanochat.confidence_probe import Controls, calibrate_prices, calibrated_thresholds, check_trained, level_shares
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
-from nanochat.loss_eval import head_loss
+from nanochat.loss_eval import BitsPerByte, head_loss
 from nanochat.matryoshka import token_flops
+from scripts.fractal_eval import add_eval_args, eval_steps
 
 
 @torch.no_grad()
@@ -30,32 +29,24 @@ def measure(model, batches: list, token_bytes, start: int, widths=None, depth: i
     decides; its own networks included, the predictor's spread over the tokens.
     """
     c = model.config
-    nats, size, flops, tokens = 0.0, 0, 0.0, 0
+    text, flops, tokens = BitsPerByte(token_bytes), 0.0, 0
     for x, y in batches:
         B, T = x.shape
         behind = (torch.arange(T) >= start - 1).expand(B, T)
-        exits, decide, now = None, None, widths
         if control is not None:
-            now = control.plan(x[:, :start].tolist()).clone()
-            decide = functools.partial(control, list(range(B)), acts=behind)
-        elif depth is not None:
-            exits = torch.where(behind, depth, c.n_block)
-        h = model.hidden(x, now, exits, control=decide)
-        losses = head_loss(h, model.lm_head.weight, torch.where(behind.to(y.device), y, -1), c.softcap, reduction="none")
-        bytes_ = torch.where(behind.to(y.device), token_bytes.to(y.device)[y], 0).flatten()
-        nats += float((losses * (bytes_ > 0)).sum())
-        size += int(bytes_.sum())
-        levels = model.resolve_widths(now)
-        if control is not None:
+            h, _ = control.parallel(x, x[:, :start].tolist(), behind)
             exits, levels = control.exits, control.ran
-        exits = torch.full((B, T), c.n_block) if exits is None else exits
-        ran = torch.stack([torch.as_tensor(w).expand(B, T) for w in levels], -1)[behind]
-        flops += float(token_flops(model, exits[behind], ran, torch.arange(1, T + 1).expand(B, T)[behind]).sum())
-        tokens += int(behind.sum())
-        if control is not None:
             flops += B * model.predictor.flops(start)
-            flops += model.gate.flops * sum(int((exits[behind] >= p).sum()) for p in c.exit_points)
-    return {"bpb": nats / (math.log(2) * size), "flops": flops / tokens}
+        else:
+            exits, levels = torch.where(behind, depth or c.n_block, c.n_block), model.resolve_widths(widths)
+            h = model.hidden(x, levels, exits)
+        y = torch.where(behind.to(y.device), y, -1)
+        text.add(head_loss(h, model.lm_head.weight, y, c.softcap, reduction="none"), y)
+        ran = torch.stack([torch.as_tensor(w).expand(B, T) for w in levels], -1)[behind]
+        flops += float(token_flops(model, exits[behind], ran, torch.arange(1, T + 1).expand(B, T)[behind],
+                                   model.gate.flops if control is not None else 0).sum())
+        tokens += int(behind.sum())
+    return {"bpb": text.value, "flops": flops / tokens}
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -79,9 +70,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def main(argv=None):
     p = argparse.ArgumentParser(description="Bits per byte against compute: fixed widths, fixed depths, mode auto.")
     p.add_argument("--checkpoint", required=True, help="a hybrid with trained controls (fractal_train --controls)")
-    p.add_argument("--data", default="embedded", help="as in training; its validation split is read (default: embedded)")
-    p.add_argument("--eval-tokens", type=int, default=32768, help="validation tokens for each point (default: 32768)")
-    p.add_argument("--device-batch-size", type=int, default=8, help="rows per forward pass (default: 8)")
+    add_eval_args(p, 32768)
     p.add_argument("--budgets", default="0.6,0.8,1.0", help="of mode auto, shares of full compute (default: 0.6,0.8,1.0)")
     p.add_argument("--thresholds", default="1.0,0.9,0.8,0.7",
                    help="exit thresholds of mode auto (default: 1.0,0.9,0.8,0.7)")
@@ -107,7 +96,7 @@ def main(argv=None):
     if low := [b for b in budgets if not floor <= b <= 1]:
         raise ValueError(f"the budget {low[0]} cannot be met: the narrowest widths cost {floor:.3f}, and 1 is all")
     loader = DataLoader(tokenizer, prepare(args.data), "val", args.device_batch_size, T, device=device)
-    batches = [batch for _, batch in zip(range(max(1, args.eval_tokens // (args.device_batch_size * T))), loader)]
+    batches = [batch for _, batch in zip(range(eval_steps(args, T)), loader)]
     token_bytes = tokenizer.token_bytes()
     rows = []
 
@@ -122,7 +111,7 @@ def main(argv=None):
     prices = calibrate_prices(model, prompts, budgets)
     for budget in budgets:
         for threshold in thresholds:
-            control = Controls(model, budget, threshold, min(threshold, c.expand_threshold), {"prices": prices})
+            control = Controls(model, budget, **calibrated_thresholds(threshold, c), calibration={"prices": prices})
             add("auto", f"budget {budget}, exit {threshold}", measure(model, batches, token_bytes, start, control=control))
     for text in args.beside:
         name, _, path = text.partition("=")

@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat.common import autodetect_device_type, cli, get_base_dir, print0
+from nanochat.common import Progress, autodetect_device_type, cli, get_base_dir, print0
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
 from nanochat.growing import INITS, Init, grow_optimizers, grow_state
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.ordering import ORDERS, can_order, order_by_data, order_by_weights, order_state
-from nanochat.streaming import Progress, leaves, open_state, save_lazy, streamed
+from nanochat.streaming import leaves, open_state, save_lazy, streamed
 from nanochat.surgery import MAX_DELTA, check_sizes, check_vintage, insert_optimizers, insert_state, prove, unchanged
 from nanochat.training import peak_rss_mb
 

@@ -2,7 +2,7 @@
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from nanochat.training import compile_blocks
+from nanochat.distributed import compile_blocks
 
 
 def test_one_variant_per_level_and_no_recompile(hybrid, tokens):

@@ -4,7 +4,7 @@ import torch
 
 from nanochat.checkpoint_manager import build_model
 from nanochat.optim import Muon, group_of, orthogonalize, setup_optimizers
-from scripts.fractal_train import freeze_base
+from nanochat.stages import set_trained
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 40), (2, 96, 24), (2, 24, 96)])
@@ -63,7 +63,7 @@ def test_learning_rates_scale_with_width(base_config):
 
 
 def test_stage_1_leaves_the_base_bit_identical_and_moves_all_that_is_new(hybrid, tokens):
-    freeze_base(hybrid)
+    set_trained(hybrid, "stage 1")
     before = {n: p.detach().clone() for n, p in hybrid.named_parameters()}
     opts = setup_optimizers(hybrid)
     for _ in range(3):

@@ -4,7 +4,6 @@ Trains a small hybrid on the tasks, then its controls, calibrates them, and meas
 The training step is the package's: a full pass (teacher, cross-entropy), a narrow pass at sampled widths and exits that
 learns the teacher's distribution, then, on the finished model, gate and predictor. Only answers are supervised.
 """
-import functools
 import math
 import os
 import statistics
@@ -16,25 +15,28 @@ from pathlib import Path
 import torch
 
 from nanochat.checkpoint_manager import build_model, save_export
-from nanochat.common import get_rank, print0
+from nanochat.common import Progress, get_rank, print0
 from nanochat.confidence_probe import (
     THRESHOLDS,
     Controls,
+    budget_grid,
     calibrate,
     calibrate_prices,
     calibrated_thresholds,
     fixed_sequence,
-    level_shares,
+    gumbel_temperature,
 )
 from nanochat.engine import Engine, Trace, prepare_inference
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.loss_eval import Shadow, controls_backward, gate_loss, matryoshka_backward, sample_students
 from nanochat.matryoshka import norm, token_flops
 from nanochat.optim import setup_optimizers
-from nanochat.training import lr_multiplier, muon_momentum
+from nanochat.stages import set_trained
+from nanochat.training import set_rates
 from tiny_experiment.tasks import DIFFICULTIES, Encoder, draw_many, make_tokenizer
 
 DELTA, EPSILON = 0.01, 0.05
+SCHEDULE = 0.02, 0.98  # shares of the steps that warm up and down
 
 
 @dataclass(frozen=True)
@@ -73,19 +75,6 @@ def make_model(encoder: Encoder, seed: int):
     return model
 
 
-class Progress:
-    """A line every few seconds: what, how far, how fast, how long still."""
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.start, self.last = what, total, time.perf_counter(), 0.0
-
-    def __call__(self, done: int, text: str) -> None:
-        now = time.perf_counter() - self.start
-        if now - self.last >= 15 or done == self.total:
-            self.last = now
-            print0(f"  {self.what} {done}/{self.total} | {text} | {done / now:.1f} steps/s | "
-                   f"ETA {now / done * (self.total - done):.0f} s")
-
-
 def pieces_of(instances: list, s: Settings) -> list[tuple[int, list]]:
     """(number, instances) of this process's pieces; the longest goes with the shortest, so that processes wait little."""
     instances = sorted(instances, key=lambda i: len(i.prompt) + len(i.answer))
@@ -108,20 +97,12 @@ def finish_step(model, optimizers) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def set_rates(optimizers, step: int, total: int) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_multiplier(step, total, 0.02, 0.98)
-            if "momentum" in group:
-                group["momentum"] = muon_momentum(step)
-
-
 def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
     """Everything but the controls; the losses of each step."""
     optimizers = setup_optimizers(model, embedding_lr=0.1)
     progress, history = Progress("model", s.steps), []
     for step in range(s.steps):
-        set_rates(optimizers, step, s.steps)
+        set_rates(optimizers, step, s.steps, *SCHEDULE)
         instances = draw_many(seed * 1_000_003 + step, s.rows, "train")
         total, seen, losses = sum(len(i.answer) + 1 for i in instances), 0, {}
         for k, piece in pieces_of(instances, s):
@@ -138,28 +119,26 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
         finish_step(model, optimizers)
         losses = {name: v / seen for name, v in losses.items()}  # of this process's share of the batch
         history.append(losses)
-        progress(step + 1, " | ".join(f"{name} {v:.3f}" for name, v in losses.items()))
+        progress.step(1, " | ".join(f"{name} {v:.3f}" for name, v in losses.items()))
     return history
 
 
 def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
     """Gate and predictor on the finished model; the losses of each step."""
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(("gate.", "predictor.")))
+    set_trained(model, "controls")
     optimizers = setup_optimizers(model, control_lr=0.003)
     progress, history = Progress("controls", s.control_steps), []
     for step in range(s.control_steps):
-        set_rates(optimizers, step, s.control_steps)
+        set_rates(optimizers, step, s.control_steps, *SCHEDULE)
         rank, world = get_rank()
         number = (seed * 1_000_003 + step) * world + rank
         x, y, starts = encoder.batch(draw_many(number + 500_000, s.control_rows // world, "train"))
         generator = torch.Generator().manual_seed(number)
         y = at_most(3, y, generator)  # or the long answers of easy tasks would speak for all
-        temperature = max(0.2, 1 - step / (0.8 * s.control_steps))
-        losses = controls_backward(model, x, y, starts, generator, temperature, 512, 1 / world)
+        losses = controls_backward(model, x, y, starts, generator, gumbel_temperature(step, s.control_steps), 512, 1 / world)
         finish_step(model, optimizers)
         history.append({k: float(v) for k, v in losses.items()})
-        progress(step + 1, " | ".join(f"{k} {v:.3f}" for k, v in history[-1].items()))
+        progress.step(1, " | ".join(f"{k} {v:.3f}" for k, v in history[-1].items()))
     return history
 
 
@@ -220,8 +199,6 @@ class Judge:
         t = torch.arange(self.x.size(1))
         self.behind = t >= self.starts[:, None] - 1
         self.answer = self.y >= 0
-        self.counted = self.answer & (self.y != encoder.end)  # the end token does not count as generated
-        self.rows = list(range(len(instances)))
         self.difficulty = {d: torch.tensor([i.difficulty == d for i in instances]) for d in DIFFICULTIES}
 
     @torch.no_grad()
@@ -232,29 +209,22 @@ class Judge:
         'full_flops' of the generating passes (n,), 'depth' (B, T), 'widths' (n, n_block) and 'predicted' (B, T).
         """
         model, n_block = self.model, self.model.config.n_block
-        exits, decide = None, None
         if control is not None:
-            widths = control.plan(self.prompts).clone()
-            decide = functools.partial(control, self.rows, acts=self.behind)
-        elif depth is not None:
-            exits = torch.where(self.behind, torch.as_tensor(depth), n_block)
-        h = model.hidden(self.x, widths, exits, control=decide)
+            h, planned = control.parallel(self.x, self.prompts, self.behind)
+            exits, levels = control.exits, control.ran
+        else:
+            exits = torch.where(self.behind, torch.as_tensor(n_block if depth is None else depth), n_block)
+            levels = model.resolve_widths(widths)
+            h = model.hidden(self.x, levels, exits)
         predicted = model.logits(h).argmax(-1)
         right = ((predicted == self.y) | ~self.answer).all(1)
-        levels = model.resolve_widths(widths)
-        if control is not None:
-            exits, levels = control.exits, control.ran
-        exits = torch.full_like(self.x, n_block) if exits is None else exits
         ran = torch.stack([torch.as_tensor(w).expand_as(self.x) for w in levels], -1)  # (B, T, n_block)
-        planned = ran[:, 0] if widths is None or not isinstance(widths, torch.Tensor) else widths
         at, (row, place) = self.answer, self.answer.nonzero(as_tuple=True)
-        flops = token_flops(model, exits[at], ran[at], place + 1)
-        if control is not None:
-            flops += sum((exits[at] >= p).long() for p in model.config.exit_points) * (extra or model.gate.flops)
+        flops = token_flops(model, exits[at], ran[at], place + 1, 0 if control is None else extra or model.gate.flops)
         full = token_flops(model, torch.full_like(row, n_block), torch.full_like(ran[at], model.config.top_width), place + 1)
-        each = torch.zeros(2, len(self.rows), dtype=torch.float64).index_add_(1, row, torch.stack((flops, full)))
-        return {"right": right, "predicted": predicted, "depth": exits, "widths": planned, "flops": each[0],
-                "full_flops": each[1]}
+        each = torch.zeros(2, len(self.instances), dtype=torch.float64).index_add_(1, row, torch.stack((flops, full)))
+        return {"right": right, "predicted": predicted, "depth": exits, "widths": ran[:, 0] if control is None else planned,
+                "flops": each[0], "full_flops": each[1]}
 
     def summary(self, result: dict) -> dict:
         """Exact match overall and by difficulty, and the share of full compute spent."""
@@ -286,12 +256,12 @@ def change_score(model, idx):
 # ---------------------------------------------------------------------------------------------------------------------
 # One seed
 
-def pick_budget(judge: Judge, floor: float) -> tuple[float, list[list[float]]]:
+def pick_budget(judge: Judge) -> tuple[float, list[list[float]]]:
     """
     The least budget whose plans cost next to no accuracy (0.3 points) without any exit, on instances that calibration does
     not use; and the prices at which plans meet each budget.
     """
-    budgets = [round(floor + (1 - floor) * i / 10, 4) for i in range(1, 11)]
+    budgets = budget_grid(judge.model)
     prices = calibrate_prices(judge.model, judge.prompts, budgets)
     full = judge.summary(judge())["all"]
     for budget in budgets:
@@ -309,7 +279,8 @@ def calibrate_answers(judge: Judge, budget: float, prices: list) -> tuple[dict, 
     full = judge()["right"]
 
     def losses_at(t):
-        control = Controls(judge.model, budget, t, min(t, judge.model.config.expand_threshold), {"prices": prices})
+        at = calibrated_thresholds(t, judge.model.config)
+        control = Controls(judge.model, budget, **at, calibration={"prices": prices})
         return (full & ~judge(control=control)["right"]).float()
     evidence, losses = calibrate(losses_at, DELTA, EPSILON)
     risk = "answers that full compute gets right and adaptive compute does not"
@@ -333,10 +304,9 @@ def examine_gate(judge: Judge, budget: float, prices: list) -> dict:
     """Brier score, base rate's, loss, calibration curve and error, confusion: at every exit point of every answer token."""
     model = judge.model
     at = judge.answer.flatten().nonzero()[:, 0]
-    control = Controls(model, budget, 1.0, 0.0, {"prices": prices})
-    shadow = Shadow(at, functools.partial(control, judge.rows, acts=judge.behind))
+    shadow = Shadow(at)
     full = model.hidden(judge.x).flatten(0, 1)[at]
-    model.hidden(judge.x, control.plan(judge.prompts).clone(), control=shadow)
+    Controls(model, budget, 1.0, 0.0, {"prices": prices}).parallel(judge.x, judge.prompts, judge.behind, shadow)
     loss, seen = gate_loss(model, shadow, full, judge.y.flatten()[at])
     sure, label = seen["confidence"], seen["label"]
     bins = [(sure >= i / 15) & (sure < (i + 1) / 15 + (i == 14)) for i in range(15)]
@@ -355,10 +325,7 @@ def generate_all(engine: Engine, judge: Judge, encoder: Encoder, rows: int = 64,
     """Greedy answers by decoding, in batches, and their traces."""
     answers, traces = [], []
     for i in range(0, len(judge.prompts), rows):
-        out = [[] for _ in judge.prompts[i:i + rows]]
-        for pairs in engine.stream(judge.prompts[i:i + rows], 12, temperature=0, stop=(encoder.end,), **options):
-            for r, token in pairs:
-                out[r].append(token)
+        out = engine.answers(judge.prompts[i:i + rows], 12, temperature=0, stop=(encoder.end,), **options)
         answers += [encoder.tokenizer.decode(o) for o in out]
         traces += engine.traces
     return answers, traces
@@ -375,7 +342,7 @@ def spent(judge: Judge, traces: list[Trace]) -> dict:
 
 
 def wall_clock(engine: Engine, judge: Judge, encoder: Encoder, n: int) -> dict:
-    """Seconds per answer at batch 1, full and adaptive in turns, and the median of the ratios."""
+    """Milliseconds per answer at batch 1 (medians), full and adaptive in turns, and the ratio of the sums of both."""
     times = {None: [], "auto": []}
     for r in range(n + 3):
         prompt = judge.prompts[(r * 7) % len(judge.prompts)]
@@ -410,17 +377,16 @@ def curves(judge: Judge, calibration: dict) -> dict:
     def sweep(score, extra, thresholds):
         return [judge.summary(judge(control=Controls(model, calibration["budget"], t, 0.0, calibration, score), extra=extra))
                 | {"threshold": t} for t in thresholds]
-    out = {"gate": sweep(None, 0.0, THRESHOLDS),
-           "softmax": sweep(softmax_score(model), head, (1.0, 0.9999, 0.999, 0.99, 0.97, 0.9, 0.8, 0.65, 0.5)),
-           "change": sweep(change_score(model, judge.x), 3 * c.n_embd, [i / 20 for i in range(18, 2, -2)])}
-    g, out["random"] = torch.Generator().manual_seed(0), []
+    out, g = {"gate": [], "random": []}, torch.Generator().manual_seed(0)
     for t in THRESHOLDS:
-        control = Controls(model, calibration["budget"], t, 0.0, calibration)
-        result = judge(control=control)
+        result = judge(control=Controls(model, calibration["budget"], t, 0.0, calibration))
+        out["gate"].append(judge.summary(result) | {"threshold": t})
         depths = result["depth"][judge.answer]
         drawn = torch.full_like(judge.x, c.n_block)
         drawn[judge.answer] = depths[torch.randint(len(depths), (len(depths),), generator=g)]
         out["random"].append(judge.summary(judge(result["widths"], drawn)) | {"threshold": t})
+    out["softmax"] = sweep(softmax_score(model), head, (1.0, 0.9999, 0.999, 0.99, 0.97, 0.9, 0.8, 0.65, 0.5))
+    out["change"] = sweep(change_score(model, judge.x), 3 * c.n_embd, [i / 20 for i in range(18, 2, -2)])
     return out
 
 
@@ -444,10 +410,9 @@ def measure(model, encoder: Encoder, seed: int, s: Settings, first: dict, folder
     print0(f"  {model.num_params()['total']:,} parameters, levels {c.levels}, exits after {c.exit_points} of {c.n_block}")
     instances = draw_many(seed, s.test, "test")
     test, swept = Judge(model, encoder, instances), Judge(model, encoder, instances[:s.swept])
-    _, floor = level_shares(model)
     prepare_inference(model, "cpu", torch.float32)
     held_out = draw_many(seed, s.calibration, "calibration")
-    budget, prices = pick_budget(Judge(model, encoder, held_out[:s.calibration // 4]), floor)
+    budget, prices = pick_budget(Judge(model, encoder, held_out[:s.calibration // 4]))
     calibration, losses = calibrate_answers(Judge(model, encoder, held_out[s.calibration // 4:]), budget, prices)
     print0(f"  budget {budget:.2f} of full compute, exit threshold {calibration['exit_threshold']}")
     promise = resampled_promise(losses)
@@ -457,7 +422,8 @@ def measure(model, encoder: Encoder, seed: int, s: Settings, first: dict, folder
     engine = Engine(model, encoder.tokenizer, calibration)
     answers = {}
     for name, options in {"full": {}, **{m: {"mode": m} for m in c.distinct_modes}, "adaptive": {"mode": "auto"}}.items():
-        answers[name] = generate_all(engine, test, encoder, **options)
+        whole = c.distinct_modes.get(name) == c.top_width  # the widest mode is full compute
+        answers[name] = answers["full"] if whole else generate_all(engine, test, encoder, **options)
     gate = examine_gate(test, budget, prices)
     result = {"seed": seed, "config": str(c), "budget": budget, "calibration": calibration, "promise": promise,
               "gate_first": first, "gate": gate, "exact_match": {}, "static": static_grid(swept),

@@ -1,0 +1,184 @@
+"""
+Training over several processes (DESIGN 10): all that knows of ranks and shards, and nothing of it is in the model.
+
+    torchrun --nproc_per_node=8 -m scripts.fractal_train ...          # one machine; gloo on a CPU, NCCL on GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 -m scripts.fractal_train ...
+
+Every block, the embedding, each value table and the head is a unit of FSDP2 (Zhao et al. 2023, arXiv 2304.11277): a rank
+holds its rows of each matrix, in fp32, and a unit's matrices are whole, in the compute dtype, only while it runs. What
+stays fp32 in compute too (SSM parameters, controls: under 0.1 % of the model) is held whole by every rank. Across nodes
+the shards of one node are copies of the next one's (HSDP). Gradients are summed, not averaged: every loss is scaled by its
+share of the global batch, so that any number of ranks makes the same step.
+"""
+import functools
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
+
+from nanochat.common import get_rank
+from nanochat.hybrid_gpt import stays_fp32
+
+
+def init_processes(device_type: str) -> torch.device:
+    """This process's device, after it has joined the others that torchrun started, if it did."""
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        device_type = f"cuda:{torch.cuda.current_device()}"
+    if get_rank()[1] > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device_type.startswith("cuda") else "gloo")
+    return torch.device(device_type)
+
+
+def make_mesh(device_type: str, nodes: int | None = None) -> DeviceMesh | None:
+    """
+    The ranks as a mesh: ('shard',) on one node, ('replicate', 'shard') over several, None for a single process. nodes: how
+    many groups of ranks hold the model once each (None: the machines that torchrun runs on).
+    """
+    world = get_rank()[1]
+    if world == 1:
+        return None
+    if nodes is None:
+        nodes = world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if nodes > 1:
+        return init_device_mesh(device_type, (nodes, world // nodes), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+def units(model) -> list[torch.nn.Module]:
+    """The modules that are gathered one at a time, in the order in which a pass meets them."""
+    tables = getattr(model, "value_embeds", {})
+    out = [model.transformer.wte]
+    for i, block in enumerate(model.transformer.h):
+        out += [tables[str(i)], block] if str(i) in tables else [block]
+    return [*out, model.lm_head]
+
+
+def checkpoint_blocks(model) -> None:
+    """
+    Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): backward computes each block again, and only the
+    residual stream between the blocks is kept.
+    """
+    for block in model.transformer.h:
+        block.forward = functools.partial(_checkpointed, block.forward)
+
+
+def _checkpointed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def compile_blocks(model, backend: str = "inductor") -> None:
+    """
+    Compiles each block's forward as one graph, with one static variant per level that it meets. Blocks of one kind share
+    the compiled code, so the number of variants does not grow with depth; torch's default limit of 8 would be too low.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(model.config.levels))
+    for block in model.transformer.h:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+
+
+def shard_model(model, mesh: DeviceMesh | None, compute_dtype: torch.dtype = torch.bfloat16,
+                gradient_checkpointing: bool = False, compile: bool = False, backend: str = "inductor"):
+    """
+    Prepares a model for training, in place, and returns it: compiled blocks, activation checkpointing, sharding over `mesh`
+    (None: one process, nothing is sharded). The model may be on the meta device (then call to_empty and load its weights
+    with load_shards) or hold the same weights on all ranks. requires_grad must be set before, and not changed after: a unit
+    that was frozen at its first pass cannot learn later.
+    """
+    model.compute_dtype = compute_dtype
+    if compile:  # innermost: hooks of checkpointing and sharding are no part of the graph
+        compile_blocks(model, backend)
+    if gradient_checkpointing:
+        checkpoint_blocks(model)
+    if mesh is None:
+        return model
+    whole = {p for name, p in model.named_parameters() if stays_fp32(name)}
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole, "reshard_after_forward": True}
+    made = [fully_shard(module, **options) for module in (*units(model), model)]
+    for module in made:
+        module.set_gradient_divide_factor(1.0)  # sums
+        module.set_force_sum_reduction_for_comms(True)
+        if not hasattr(module, "kind"):  # no block: what backward of a table or of the head needs was made in forward
+            module.set_unshard_in_backward(False)
+    register_fsdp_forward_method(model, "hidden")
+    register_fsdp_forward_method(model.lm_head, "loss")
+    assert all(isinstance(p, DTensor) != (p in whole) for p in model.parameters()), "a parameter has no unit"
+    return model
+
+
+@torch.no_grad()
+def load_shards(model, state: dict) -> None:
+    """Fills a model's parameters, whole or sharded, from whole tensors, of which each rank reads its rows only."""
+    for name, p in model.state_dict().items():
+        local(p).copy_(state[name][local_rows(p)])
+
+
+def local(t: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: its shard, or all of a plain one. Shares memory."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def local_rows(t: torch.Tensor) -> slice:
+    """Which rows of the whole tensor local(t) is."""
+    if not isinstance(t, DTensor):
+        return slice(None)
+    shape, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+    return slice(offset[0], offset[0] + shape[0])
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, on every rank; all ranks must ask for it."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+def reduce_whole(params) -> None:
+    """Sums over all ranks the gradients of the parameters that every rank holds whole, in one exchange."""
+    if not dist.is_initialized():
+        return
+    grads = [p.grad for p in params if p.grad is not None and not isinstance(p, DTensor)]
+    if grads:
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g))
+
+
+@torch.no_grad()
+def gradient_norm(params) -> torch.Tensor:
+    """The norm of all gradients, a scalar, the same on every rank; not finite if any entry anywhere is not."""
+    params = [p for p in params if p.grad is not None]
+    sharded = [p for p in params if isinstance(p, DTensor)]
+    squares = [_squares([local(p.grad) for p in some]) for some in (sharded, [p for p in params if p not in set(sharded)])]
+    device = local(params[0]).device
+    total = torch.stack([s.to(device) for s in squares])
+    if sharded:
+        mesh = sharded[0].device_mesh
+        dist.all_reduce(total[0], group=mesh.get_group("shard"))
+    return total.sum().sqrt()
+
+
+def _squares(tensors) -> torch.Tensor:
+    if not tensors:
+        return torch.zeros((), dtype=torch.float32)
+    return torch.stack(torch._foreach_norm([t.float() for t in tensors])).square().sum()
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise sum over the ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
