@@ -37,7 +37,7 @@ class MemoryTrace(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = dict.fromkeys(CATEGORIES, 0)
-        self._phase = None
+        self.phase = None
         self._known: dict[int, list] = {}  # a storage's address -> [category, bytes, weak reference]
         self.reset_peak()
 
@@ -47,11 +47,11 @@ class MemoryTrace(TorchDispatchMode):
     @contextlib.contextmanager
     def label(self, category: str):
         """What is made inside is of `category`."""
-        before, self._phase = self._phase, category
+        before, self.phase = self.phase, category
         try:
             yield
         finally:
-            self._phase = before
+            self.phase = before
 
     def mark(self, tensors, category: str) -> None:
         """The tensors are of `category`."""
@@ -77,9 +77,9 @@ class MemoryTrace(TorchDispatchMode):
         self.live[category] -= size
 
     def _grow(self, entry: list, size: int) -> None:
-        if size and self._phase:
+        if size and self.phase:
             self.live[entry[0]] -= entry[1]
-            entry[0], entry[1] = self._phase, 0
+            entry[0], entry[1] = self.phase, 0
         self.live[entry[0]] += size - entry[1]
         entry[1] = size
         if (total := sum(self.live.values())) > self.peak:
@@ -112,7 +112,7 @@ class MemoryTrace(TorchDispatchMode):
         forward = torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled()
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
-                self._see(t.untyped_storage(), self._phase or ("activations" if forward else "temporary"))
+                self._see(t.untyped_storage(), self.phase or ("activations" if forward else "temporary"))
         return out
 
     def _run(self, func, inputs, args, kwargs):
