@@ -104,6 +104,14 @@ def place(old: torch.Tensor, out: torch.Tensor, before: list[list[int]], after: 
     return out
 
 
+def old_boxes(old: HybridConfig, new: HybridConfig) -> dict[str, list[tuple[slice, ...]]]:
+    """Name -> where, in a tensor of the grown model, the entries are that the one before had: a box for each segment."""
+    before, after = shapes_of(old), shapes_of(new)
+    return {name: [tuple(now for _, now, _ in spans) for spans in itertools.product(
+        *(_spans(a, b) for a, b in zip(segments(name, was, old), segments(name, after[name], new))))]
+        for name, was in before.items()}
+
+
 def draw(old: torch.Tensor, out: torch.Tensor, init: Init, fallback_std: float, generator: torch.Generator) -> None:
     """
     Fills what is new in one segment of a reader: old (r, c), out (R, C), whose corner [:r, :c] is left alone. The old

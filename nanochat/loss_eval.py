@@ -16,7 +16,7 @@ from nanochat.confidence_probe import Controls, calibrated_thresholds, gumbel_ch
 from nanochat.matryoshka import cost_table, energy, expand_from, norm, sample_exits, sample_levels, sliced_linear, soft_masks
 
 CHUNK = 256  # tokens; their fp32 logits for 8192 classes are 8 MB, which stays in a CPU's last-level cache
-GATE_TOKENS = 128  # that the gate learns from in a pass (`python -m scripts.bench train` says what that costs)
+GATE_TOKENS = 16  # of a row, that the gate learns from in a pass (`python -m scripts.bench train` says what that costs)
 
 
 def head_logits(h: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
@@ -122,6 +122,14 @@ class BitsPerByte:
         return self.nats / (math.log(2) * self.bytes)
 
 
+def tokens_of_rows(mask: torch.Tensor, n: int, generator: torch.Generator, rank: int = 0, world: int = 1) -> torch.Tensor:
+    """Flat indices of at most n random tokens in each row of mask (B, T) bool; rank, world: see sample_students."""
+    B, T = mask.shape
+    scores = torch.rand(B * world, T, generator=generator)[rank::world].masked_fill(~mask.cpu(), -1)
+    best = scores.topk(min(n, T), dim=1)
+    return (best.indices + T * torch.arange(B)[:, None])[best.values >= 0].sort().values
+
+
 def some_tokens(mask: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
     """Flat indices of at most n random tokens of mask (B, T) bool."""
     at = mask.cpu().flatten().nonzero()[:, 0]
@@ -129,54 +137,71 @@ def some_tokens(mask: torch.Tensor, n: int, generator: torch.Generator) -> torch
 
 
 class Student(NamedTuple):
-    """A narrow pass: widths and exits (see GPT.hidden) of the batch's rows [start, stop); None: all that there are."""
+    """
+    A narrow pass: widths and exits (see GPT.hidden) of the batch's rows [start, stop); None: all that there are. counts:
+    whether anything is learned from it. Where a model is sharded, a pass that some ranks make must be made by all.
+    """
     widths: object = None
     exits: torch.Tensor | None = None
     start: int = 0
     stop: int | None = None
+    counts: bool = True
 
 
 def sample_students(config, rows: int, T: int, starts: torch.Tensor, generator: torch.Generator,
-                    expanding: int | None = None) -> list[Student]:
+                    expanding: int | None = None, rank: int = 0, world: int = 1) -> list[Student]:
     """
     One step's student passes over `rows` rows (DESIGN 8): sampled levels and an exit per token; in the first `expanding`
-    rows (None: a quarter) some blocks go one level up from a random position on. starts (rows,): where a row's prompt ends;
-    see sample_exits.
+    rows (None: a quarter) some blocks go one level up from a random position on. starts (rows * world,): where a row's
+    prompt ends; see sample_exits. With several ranks of `rows` rows each, all sample for the global batch, from generators
+    seeded alike; row i of a rank is the batch's row i * world + rank.
     """
     widths = sample_levels(config.levels, config.n_block, generator)
-    exits = sample_exits(config.exit_points, config.n_block, starts, T, generator)
-    some = rows // 4 if expanding is None else expanding
+    exits = sample_exits(config.exit_points, config.n_block, starts, T, generator)[rank::world]
+    total = rows * world
+    some = total // 4 if expanding is None else expanding
     if some == 0 or min(widths) == config.top_width:
         return [Student(widths, exits)]
-    grown = expand_from(widths, config.levels, starts[:some], T, generator)
-    mixed = Student(grown, exits[:some], 0, some)
-    return [mixed, Student(widths, exits[some:], some, rows)] if some < rows else [mixed]
+    grown = expand_from(widths, config.levels, starts[:some], T, generator)[rank::world]
+    n = len(grown)  # of this rank's rows; at least one pass of one row, see Student
+    mixed = Student(grown, exits[:n], 0, n) if n else Student(widths, exits[:1], 0, 1, False)
+    if some == total:
+        return [mixed]
+    return [mixed, Student(widths, exits[n:], n, rows) if n < rows else Student(widths, exits[:1], 0, 1, False)]
 
 
 def matryoshka_backward(model, x, y, students: list[Student], scale: float,
-                        gate_at: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+                        gate_at: torch.Tensor | None = None, gate_scale: float | None = None,
+                        by_width: dict | None = None) -> dict[str, torch.Tensor]:
     """
     One training step's losses (DESIGN 8), backward included, each multiplied by `scale`: cross-entropy of the full
     pass (the teacher), then the KL of each student's narrow pass to the teacher's detached
     distribution, averaged over the supervised tokens of all students. The teacher's graph is freed before a student's is
-    built. gate_at: flat indices into (B, T) of supervised tokens; the gate learns from the teacher pass at these. Returns
-    the losses, detached: 'loss', 'kl', 'gate'.
+    built. gate_at: flat indices into (B, T) of supervised tokens; the gate learns from the teacher pass at these, its loss
+    multiplied by gate_scale (None: scale). by_width: is filled with width (or 'mixed') -> [the students' loss times what it
+    was multiplied by, that factor], both summed. Returns the losses, detached: 'loss', 'kl', 'gate'.
     """
     shadow = None if gate_at is None else Shadow(gate_at)
     loss, teacher = model(x, y, control=shadow)
     (loss * scale).backward()
     out = {"loss": loss.detach()}
-    counts = [int((y[s.start:s.stop] >= 0).sum()) for s in students]
-    for s, count in zip(students, counts):  # also where nothing is supervised: under sharding all ranks run the same passes
+    counts = [s.counts * int((y[s.start:s.stop] >= 0).sum()) for s in students]
+    for s, count in zip(students, counts):
         rows = slice(s.start, s.stop)
-        kl, _ = model(x[rows], y[rows], widths=s.widths, exits=s.exits, teacher=teacher[rows])
+        targets = y[rows] if s.counts else torch.full_like(y[rows], -1)
+        kl, _ = model(x[rows], targets, widths=s.widths, exits=s.exits, teacher=teacher[rows])
         share = count / max(1, sum(counts))
         (kl * (scale * share)).backward()
         out["kl"] = out.get("kl", 0) + kl.detach() * share
+        if by_width is not None:
+            widths = {s.widths} if isinstance(s.widths, int) else set(torch.as_tensor(s.widths).flatten().tolist())
+            level = by_width.setdefault(widths.pop() if len(widths) == 1 else "mixed", [0.0, 0.0])
+            level[0] += kl.detach() * (scale * share)
+            level[1] += scale * share
     if shadow is not None:
         here = gate_at.to(x.device)
         gate, _ = gate_loss(model, shadow, teacher.flatten(0, 1)[here], y.flatten()[here])
-        (gate * scale).backward()
+        (gate * (scale if gate_scale is None else gate_scale)).backward()
         out["gate"] = gate.detach()
     return out
 
@@ -213,10 +238,8 @@ def gate_loss(model, shadow: Shadow, full: torch.Tensor, targets: torch.Tensor) 
         labels.append((loss <= own + c.exit_tau).float()[here])
     logits, labels = torch.cat(logits), torch.cat(labels)
     sure = torch.sigmoid(logits.detach())
-    n = max(1, len(labels))  # there is nothing to look at where no token is supervised
-    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / n, {
-        "brier": float((sure - labels).square().sum() / n), "rate": float(labels.sum() / n), "confidence": sure,
-        "label": labels}
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / max(1, len(labels)), {
+        "brier": float((sure - labels).square().mean()), "rate": float(labels.mean()), "confidence": sure, "label": labels}
 
 
 def predictor_loss(model, x, y, starts, budget: float, temperature: float, generator) -> tuple[torch.Tensor, torch.Tensor]:

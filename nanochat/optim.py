@@ -1,13 +1,18 @@
 """
 Optimizers: Muon for the matrices of the blocks, torch's AdamW for the rest, in nanochat's groups.
 
-Every trainable parameter has exactly one owner, found by the first rule whose pattern matches its name.
+Every trainable parameter has exactly one owner, found by the first rule whose pattern matches its name. Both optimizers
+run on whole or sharded parameters (distributed.py), and both leave the old corner of a grown matrix bit for bit as it is
+where stages.py says so.
 """
 import re
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-from nanochat.common import has_native_bf16
+from nanochat.common import get_compute_dtype
+from nanochat.distributed import local, local_rows
 
 # (pattern of the parameter's name, group). First match wins. Embeddings, head, gates, convolutions, and the SSM's
 # A_log, dt_bias, D and norm are never given to Muon: they are no linear maps of the residual stream.
@@ -31,10 +36,10 @@ def group_of(name: str) -> str:
 def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """
     The nearest (semi-)orthogonal matrix of each G (n, rows, cols), roughly: five Newton-Schulz steps with the quintic
-    of Keller Jordan's Muon (2024), whose singular values end between about 0.7 and 1.2. In bf16 where that is native.
+    of Keller Jordan's Muon (2024), whose singular values end between about 0.7 and 1.2. In the device's compute dtype.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.to(torch.bfloat16 if has_native_bf16(G.device.type) else torch.float32)
+    X = G.to(get_compute_dtype(G.device.type))
     tall = G.size(-2) > G.size(-1)
     if tall:
         X = X.mT
@@ -46,13 +51,72 @@ def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return (X.mT if tall else X).to(G.dtype)
 
 
+def orthogonalize_shards(shards: list[torch.Tensor], rows: int, mesh) -> list[torch.Tensor]:
+    """
+    orthogonalize() of matrices of one shape of which each rank holds some rows, (its rows, cols); returns those rows of
+    the results. One exchange brings each rank the whole of its share of the matrices, one takes the rows back; no matrix
+    is computed twice. Where nodes hold copies of the shards, each computes its part and all learn the results.
+    """
+    if mesh.ndim == 1:
+        return _among_ranks(shards, rows, mesh.get_group("shard"))
+    n, me = mesh.size(0), mesh.get_local_rank("replicate")
+    most, cols = -(-len(shards) // n), shards[0].size(1)
+    done = _among_ranks(shards[me::n], rows, mesh.get_group("shard"))
+    mine = shards[0].new_zeros(most, *shards[0].shape)
+    for out, part in zip(mine, done):
+        out.copy_(part)
+    each = mine.new_empty(n, most, len(shards[0]), cols)
+    dist.all_gather_into_tensor(each.flatten(), mine.flatten(), group=mesh.get_group("replicate"))
+    return [each[i % n, i // n] for i in range(len(shards))]
+
+
+def _among_ranks(shards, rows, group):
+    if not shards:
+        return []
+    world, me = group.size(), group.rank()
+    n, (held, cols) = len(shards), shards[0].shape
+    share = [n // world + (r < n % world) for r in range(world)]  # matrices that each rank computes
+    height = -(-rows // world)
+    heights = [max(0, min(height, rows - r * height)) for r in range(world)]  # rows that each rank holds
+    assert held == heights[me]
+    out_sizes = [count * held * cols for count in share]
+    in_sizes = [share[me] * h * cols for h in heights]
+
+    # in the dtype that orthogonalize computes in: rounding before or after the exchange is the same, and bf16 is half
+    sent = torch.stack(shards).to(get_compute_dtype(shards[0].device.type)).flatten()
+    got = sent.new_empty(sum(in_sizes))
+    dist.all_to_all_single(got, sent, in_sizes, out_sizes, group=group)
+    if share[me]:
+        whole = torch.cat([part.view(share[me], -1, cols) for part, h in zip(got.split(in_sizes), heights) if h], 1)
+        done = orthogonalize(whole).split([h for h in heights if h], 1)
+        got = torch.cat([part.flatten() for part in done])
+    back = torch.empty_like(sent)
+    dist.all_to_all_single(back, got, out_sizes, in_sizes, group=group)
+    return list(back.view(n, held, cols).to(shards[0].dtype).unbind(0))
+
+
+def frozen_views(p: torch.Tensor, boxes: list, of: torch.Tensor) -> list[torch.Tensor]:
+    """What this rank holds, in `of` (its part of p or of something of p's shape), of the boxes of the whole p."""
+    if not isinstance(p, DTensor):
+        return [of[box] for box in boxes]
+    here = local_rows(p)
+    views = []
+    for rows, *cols in boxes:
+        start, stop = max(rows.start, here.start) - here.start, min(rows.stop, here.stop) - here.start
+        if start < stop:
+            views.append(of[(slice(start, stop), *cols)])
+    return views
+
+
 class Muon(torch.optim.Optimizer):
     """
-    Momentum, then orthogonalised (Jordan et al. 2024), with Nesterov. Matrices of one shape are stacked and go through
-    Newton-Schulz together. An update is scaled by sqrt(max(1, rows / cols)), as nanochat does.
+    Momentum, then orthogonalised (Jordan et al. 2024), with Nesterov. Matrices of one shape go through Newton-Schulz
+    together, whole or shared out among the ranks that hold their rows. An update is scaled by sqrt(max(1, rows / cols)), as
+    nanochat does. frozen: parameter -> boxes (tuples of slices) of it that no update reaches, nor weight decay.
     """
-    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, frozen=None):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.frozen = frozen or {}
 
     @torch.no_grad()
     def step(self):
@@ -61,43 +125,77 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 assert p.ndim == 2, "Muon takes matrices"
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                buffers = []
+                    by_shape.setdefault((p.shape, isinstance(p, DTensor)), []).append(p)
+            for (shape, sharded), params in by_shape.items():
                 for p in params:
-                    state = self.state[p]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(p)
-                    buffers.append(state["momentum_buffer"])
-                grads = [p.grad for p in params]
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                weights, grads = [local(p) for p in params], [local(p.grad) for p in params]
+                buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                update = orthogonalize(torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])))
-                lr = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                torch._foreach_add_(params, update.to(params[0].dtype).unbind(0), alpha=-lr)
+                updates = torch._foreach_lerp(grads, buffers, group["momentum"])
+                if sharded:
+                    updates = orthogonalize_shards(updates, shape[0], params[0].device_mesh)
+                else:
+                    updates = orthogonalize(torch.stack(updates)).to(weights[0].dtype).unbind(0)
+                scale = max(1.0, shape[0] / shape[1]) ** 0.5
+                if group["weight_decay"]:
+                    updates = torch._foreach_add(updates, weights, alpha=group["weight_decay"] / scale)
+                for p, update in zip(params, updates):
+                    for old in frozen_views(p, self.frozen.get(p, ()), update):
+                        old.zero_()
+                torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, fused. frozen: parameter -> boxes (tuples of slices) of it that keep their values; see Muon."""
+    def __init__(self, groups, frozen=None, **options):
+        super().__init__(groups, fused=True, **options)
+        self.frozen = frozen or {}
+
+    @torch.no_grad()
+    def step(self):
+        # torch's step makes no update that one could mask: what is frozen is put back
+        kept = [(old, old.clone()) for p, boxes in self.frozen.items() if p.grad is not None
+                for old in frozen_views(p, boxes, local(p))]
+        super().step()
+        for old, before in kept:
+            old.copy_(before)
 
 
 def setup_optimizers(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, scalar_lr=0.004,
-                     control_lr=0.002) -> list:
+                     control_lr=0.002, weight_decay=0.0, frozen: dict | None = None) -> list:
     """
     [AdamW, Muon] over the model's trainable parameters (an optimizer without any is left out). AdamW's learning rates
-    are given for width 768 and scaled by (width / 768)^-0.5, except the controls', whose size hardly varies; weight decay
-    is zero, nanochat-d32's choice. Each group carries its name and `initial_lr`, which the schedule multiplies.
+    are given for width 768 and scaled by (width / 768)^-0.5, except the controls', whose size hardly varies. weight_decay:
+    of matrices, embeddings and head (0 is nanochat-d32's choice). frozen: name -> boxes that stay as they are (stages.py).
+    Each group carries its name and `initial_lr`, which the schedule multiplies.
     """
-    members = {"embedding": [], "unembedding": [], "scalar": [], "control": [], "matrix": []}
+    members, boxes = {}, {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            members[group_of(name)].append((name, p))  # a state dict then says whose moments it holds
-    owned = [id(p) for params in members.values() for _, p in params]
+            # whole and sharded tensors do not mix in one fused step
+            members.setdefault((group_of(name), isinstance(p, DTensor)), []).append((name, p))
+            if frozen and name in frozen:
+                boxes[p] = frozen[name]
+    owned = [id(p) for params in members.values() for _, p in params]  # a state dict says whose moments it holds
     trainable = [id(p) for p in model.parameters() if p.requires_grad]
     assert len(owned) == len(set(owned)) and set(owned) == set(trainable), "a parameter has no owner, or two"
 
     scale = (model.config.n_embd / 768) ** -0.5
-    lrs = {"embedding": embedding_lr * scale, "unembedding": unembedding_lr * scale, "scalar": scalar_lr * scale,
-           "control": control_lr}
+    rates = {"embedding": (embedding_lr * scale, weight_decay), "unembedding": (unembedding_lr * scale, weight_decay),
+             "scalar": (scalar_lr * scale, 0.0), "control": (control_lr, 0.0), "matrix": (matrix_lr, weight_decay)}
+    groups = [{"params": members[kind, sharded], "lr": lr, "initial_lr": lr, "weight_decay": decay, "name": kind}
+              for kind, (lr, decay) in rates.items() for sharded in (False, True) if (kind, sharded) in members]
+    adam, muon = ([g for g in groups if (g["name"] == "matrix") == is_matrix] for is_matrix in (False, True))
     optimizers = []
-    adam_groups = [{"params": members[k], "lr": lr, "initial_lr": lr, "name": k} for k, lr in lrs.items() if members[k]]
-    if adam_groups:
-        optimizers.append(torch.optim.AdamW(adam_groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True))
-    if members["matrix"]:
-        optimizers.append(Muon([{"params": members["matrix"], "lr": matrix_lr, "initial_lr": matrix_lr, "name": "matrix"}]))
+    if adam:
+        optimizers.append(AdamW(adam, _of(adam, boxes), betas=(0.8, 0.95), eps=1e-10))
+    if muon:
+        optimizers.append(Muon(muon, frozen=_of(muon, boxes)))
     return optimizers
+
+
+def _of(groups, boxes):
+    own = {p for g in groups for _, p in g["params"]}
+    return {p: b for p, b in boxes.items() if p in own}

@@ -194,7 +194,7 @@ def bench_train(args) -> dict:
     predicted = sum(flops["random"]) / sum(flops["full"])
     print(f"random-level passes take {measured:.2f} of a full pass, FLOPs predict {predicted:.2f}: "
           f"{measured / predicted:.2f}x; full pass {x.numel() / statistics.median(times['full']):,.0f} tok/s ({dtype})")
-    starts, at = torch.full((8,), 128), torch.randperm(x.numel())[:GATE_TOKENS]
+    starts, at = torch.full((8,), 128), torch.randperm(x.numel())[:8 * GATE_TOKENS]
 
     def step(gate_at, draws):
         generator = torch.Generator().manual_seed(next(draws))  # the same samples for both
@@ -205,7 +205,7 @@ def bench_train(args) -> dict:
     steps = paired_times({"with": lambda: step(at, a), "without": lambda: step(None, b)},
                          max(3, args.rounds // 3))
     gate = median_ratio(steps, "with", "without") - 1
-    print(f"the gate's shadow loss on {GATE_TOKENS} tokens adds {gate:.1%} to a training step")
+    print(f"the gate's shadow loss on {len(at)} tokens adds {gate:.1%} to a training step")
     return {"machine": machine("cpu"), "random_level_time_over_flops": measured / predicted, "time_ratio": measured,
             "gate_share_of_step": gate, "flops_ratio": predicted,
             "full_tok_per_s": x.numel() / statistics.median(times["full"])}

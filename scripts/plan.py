@@ -17,10 +17,9 @@ import torch
 
 from nanochat.checkpoint_manager import save_json
 from nanochat.common import cli
-from nanochat.matryoshka import Cost
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
 from nanochat.loss_eval import sample_students
-from nanochat.matryoshka import block_cost
+from nanochat.matryoshka import Cost, block_cost
 from nanochat.optim import group_of
 from nanochat.stages import frozen_boxes, set_trained
 from nanochat.training import PEAK_FLOPS

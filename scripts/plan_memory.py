@@ -4,9 +4,7 @@ Peak memory of a training step of each stage, for scripts/plan.py: the real mode
 small model against what that model really allocates, on a CPU, by torch's profiler.
 """
 import contextlib
-
 import gc
-
 import os
 import time
 

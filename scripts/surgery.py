@@ -84,7 +84,8 @@ def main(argv=None):
         if init.kind == "zero":
             print0("warning: with --init zero new heads, units and groups can hardly learn: most of them get no gradient")
         new_config, new_state = grow_state(config, state, need(args.new_dim), init)
-        how = {"surgery": "grow", "init": asdict(init)}
+        # old_config: which entries are old, that stages 2 and 3 freeze (stages.py)
+        how = {"surgery": "grow", "init": asdict(init), "old_config": asdict(config)}
     else:
         ordered, order = ordered_base(args, config, state, tokenizer, device)
         new_config, new_state = insert_state(config, ordered, args.seed)
