@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanochat import cpu_attention
+from nanochat import cpu_attention, mamba_kernels
 from nanochat.mamba_block import Mamba2
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "gathered", "activations", "temporary")
@@ -33,8 +33,9 @@ class MemoryTrace(TorchDispatchMode):
     Counts while it is active; `live` (category -> bytes), `peak` and `at_peak` (`live` at the peak) hold what it saw. What a
     forward pass makes, a recomputed one too, is an activation, the rest temporary, unless `label` or `mark` say better.
     """
-    def __init__(self):
+    def __init__(self, gpu_forms: bool):
         super().__init__()
+        self.gpu_forms = gpu_forms
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = dict.fromkeys(CATEGORIES, 0)
         self.phase = None
@@ -116,6 +117,9 @@ class MemoryTrace(TorchDispatchMode):
         return out
 
     def _run(self, func, inputs, args, kwargs):
+        if not self.gpu_forms and func.overloadpacket in _FUNCTIONS:  # what it allocates inside counts
+            with self:
+                return _FUNCTIONS[func.overloadpacket](*args, **kwargs)
         if inputs:
             if not any(isinstance(t, FakeTensor) for t in inputs):
                 return func(*args, **kwargs)
@@ -149,6 +153,8 @@ def _scan_backward_workspace(dout, out, act, dt, A, D, initial, d_inner, ngroups
             + 4 * b * T * (width - d_inner) + 2 * dout.numel())
 
 
+_FUNCTIONS = {torch.ops.adamba.mixer: mamba_kernels.mixer._init_fn,
+              torch.ops.adamba.mixer_backward: mamba_kernels.mixer_backward._init_fn}
 _WORKSPACES = {torch.ops.adamba.cuda_scan: _scan_workspace, torch.ops.adamba.cuda_scan_backward: _scan_backward_workspace}
 
 
@@ -159,7 +165,7 @@ def traced(gpu_forms: bool = True):
     kernels, by the shapes registered for them and the workspace that mamba-ssm's source allocates; torch's fused attention),
     though the fake device is a CPU, since a torch without CUDA cannot pretend to have one. Else the CPU's own.
     """
-    trace = MemoryTrace()
+    trace = MemoryTrace(gpu_forms)
     resize, group = torch.UntypedStorage.resize_, _fsdp_param_group
 
     def tracked_resize(storage, size):

@@ -6,6 +6,7 @@ small model against what that model really allocates, on a CPU, by torch's profi
 import contextlib
 import gc
 import os
+import tempfile
 import time
 
 import torch
@@ -20,11 +21,12 @@ from nanochat.loss_eval import GATE_TOKENS, matryoshka_backward, sample_students
 from nanochat.matryoshka import cost_table
 from nanochat.memory_trace import CATEGORIES, MemoryTrace, traced
 from nanochat.optim import setup_optimizers
+from scripts.plan_tables import make_stage, show
 
 RANKS, LIMIT_GB = 8, 80
 # Small enough for any CPU, large enough that tensors, and not the bookkeeping of small ones, are what is measured.
-SMALL = HybridConfig(sequence_len=512, vocab_size=2048, n_layer=2, n_head=4, n_kv_head=4, n_embd=256, d_ref=256, top_width=256,
-                     mamba_headdim=64, mamba_d_state=64, mamba_group_width=192)
+SMALL = HybridConfig(sequence_len=512, vocab_size=2048, n_layer=2, n_head=4, n_kv_head=4, n_embd=256, d_ref=256,
+                     top_width=256, mamba_headdim=64, mamba_d_state=64, mamba_group_width=192)
 SMALL_ROWS = 4
 
 
@@ -101,55 +103,85 @@ def trace_step(stage, rows: int, dtype: torch.dtype = torch.bfloat16, world: int
     return trace
 
 
-def measured_peak(make, dtype: torch.dtype, mesh=None, world: int = 1) -> int:
+def measured_peak(stage, mesh, dtype: torch.dtype, world: int) -> int:
     """
-    The most bytes that are allocated at once while the same step really runs: torch's profiler sees each allocation of the
-    CPU's allocator, those inside operators too.
+    The most bytes that are allocated at once while the same step really runs, twice: torch's profiler reports what the
+    CPU's allocator hands out, to operators' insides too. It does not see what other threads (gloo's) give back, so an
+    address that is handed out again counts once.
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        stage = make()
         step, _ = prepare_step(stage, mesh, SMALL_ROWS, dtype, world)
         with torch.no_grad():
             for p in stage.model.parameters():
                 p.zero_()
         step()
         step()
-    live = peak = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
+    events, open_events = [], list(profiler.profiler.kineto_results.experimental_event_tree())
+    while open_events:
+        event = open_events.pop()
+        open_events += event.children
+        if event.tag.name == "Allocation":
+            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    live, total, peak = {}, 0, 0
+    for _, address, size in sorted(events):
+        total -= live.pop(address, 0)
+        if size > 0:
+            live[address] = size
+            total += size
+            peak = max(peak, total)
     return peak
 
 
-def check(make_stage) -> dict[str, float]:
-    """Peak MB of the small model's stage-1 step, traced and measured, in fp32 and one process."""
-    def make():
-        return make_stage(1, SMALL)
-    trace = trace_step(make(), SMALL_ROWS, torch.float32, world=1, gpu_forms=False)
-    measured = measured_peak(make, torch.float32)
-    return {"traced_mb": trace.peak / 1e6, "measured_mb": measured / 1e6, "ratio": trace.peak / measured}
+def _measure_rank(rank: int, world: int, store: str, dtype: torch.dtype, results) -> None:
+    """A process of `measure`."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+    results.put(measured_peak(make_stage(1, SMALL), mesh, dtype, world))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(world: int, dtype: torch.dtype) -> int:
+    """measured_peak of the small model's stage-1 step, of the rank that takes most of `world` processes."""
+    if world == 1:
+        return measured_peak(make_stage(1, SMALL), None, dtype, 1)
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(_measure_rank, (world, f"{folder}/store", dtype, results), nprocs=world)
+    return max(results.get() for _ in range(world))
+
+
+def check(world: int, dtype: torch.dtype) -> dict[str, float]:
+    """Peak MB of the small model's stage-1 step over `world` ranks, in the forms that a CPU runs: traced and measured."""
+    traced_bytes = trace_step(make_stage(1, SMALL), SMALL_ROWS, dtype, world, gpu_forms=False).peak
+    measured = measure(world, dtype)
+    return {"traced_mb": traced_bytes / 1e6, "measured_mb": measured / 1e6, "ratio": traced_bytes / measured}
 
 
 def show_memory(stages, args) -> dict:
-    from scripts.plan import make_stage, parameters, show
-    small = check(make_stage)
-    print(f"a small model's step in one process on this CPU: {small['traced_mb']:.1f} MB traced, {small['measured_mb']:.1f} MB "
-          f"measured by torch's profiler, {small['ratio'] - 1:+.1%}", flush=True)
-    result, rows = {"check": small}, []
+    """Traces and prints the peak of each stage; returns the figures, by stage and 'check'."""
+    result, rows = {"check": {}}, []
+    for world, dtype in ((1, torch.float32), (2, torch.bfloat16)):
+        name = f"{world} process{'es' * (world > 1)}, {str(dtype).removeprefix('torch.')}"
+        result["check"][name] = small = check(world, dtype)
+        print(f"check, a small model's step really run here, {name}: {small['traced_mb']:.1f} MB traced, "
+              f"{small['measured_mb']:.1f} MB measured by torch's profiler: {small['ratio'] - 1:+.1%}", flush=True)
     for stage in stages:
-        count, since = parameters(stage)["total"], time.perf_counter()
+        c, since = stage.model.config, time.perf_counter()
+        count = sum(p.numel() for p in stage.model.parameters())
         print(f"{stage.phase}: {count / 1e9:.3f} B parameters over {RANKS} ranks, {args.device_batch_size} x "
-              f"{stage.model.config.sequence_len} tokens each; tracing takes a minute or two", flush=True)
+              f"{c.sequence_len} tokens each; a minute or two", flush=True)
         trace = trace_step(stage, args.device_batch_size)
         gb = {k: v / 1e9 for k, v in trace.at_peak.items()}
         result[stage.phase] = {"params": count, "peak_gb": trace.peak / 1e9, "at_peak_gb": gb,
                                "fits": trace.peak < LIMIT_GB * 1e9, "seconds": time.perf_counter() - since}
         rows.append([stage.phase, f"{count / 1e9:.3f}", f"{trace.peak / 1e9:.1f}", *(f"{gb[k]:.1f}" for k in CATEGORIES),
                      "yes" if trace.peak < LIMIT_GB * 1e9 else "NO"])
-    show(f"peak of a training step, GB per rank of {RANKS}", ["stage", "B parameters", "peak", *CATEGORIES,
-                                                           f"below {LIMIT_GB} GB"], rows)
-    print("gathered: whole parameters of the units that run; gradients with the buffers that reduce them; not counted: the "
-          "CUDA context, NCCL's and cuBLAS's buffers, fragmentation: some 3-5 GB")
+    show(f"peak of a training step, GB (10^9) per rank of {RANKS}",
+         ["stage", "B parameters", "peak", *CATEGORIES, f"below {LIMIT_GB}"], rows)
+    print("  gathered: whole matrices of the units that run. gradients: with the buffers that sum them over the ranks. Not "
+          "counted:\n  the CUDA context, NCCL's and cuBLAS's buffers, fragmentation")
     return result
