@@ -1,9 +1,9 @@
 """
 Checkpoints: written whole or not at all, read as hostile until proven.
 
-Three layouts:
+Three layouts, the first two beside the step_N/ folders that training resumes from (step_checkpoint.py):
   base_checkpoints/<tag>/      model_000650.pt  optim_000650.pt  meta_000650.json      (nanochat's names)
-  fractal_checkpoints/<tag>/   the same while training, then model.pt  config.json  tokenizer/
+  fractal_checkpoints/<tag>/   model.pt  optim.pt  config.json  tokenizer/
   hybrid_checkpoints/<tag>/    model.pt  config.json  tokenizer/                       (surgery's output)
 A step's meta file is written last and marks the checkpoint as whole. Every file is loaded with weights_only=True.
 """
@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanochat.common import atomic_write, fsync_dir
+from nanochat.common import atomic_write, fsync_dir, get_rank
+from nanochat.distributed import full_optimizer_state, full_state, local, local_rows
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
 from nanochat.tokenizer import Tokenizer
@@ -203,25 +204,25 @@ def model_kind(config: GPTConfig) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Step checkpoints: model_000650.pt, optim_000650.pt, meta_000650.json
 
-def save_step(folder: Path, step: int, model: GPT, optimizers: list, meta: dict, keep: int = 2) -> None:
+def save_step(folder: Path, step: int, model: GPT, optimizers: list, meta: dict) -> None:
     """
-    Writes a whole step checkpoint, then removes all but the newest `keep`. meta gets the step, the model's kind and
-    config. A failure (OSError when the disk is full) leaves the earlier checkpoints as they were.
+    Writes a checkpoint under nanochat's names. meta gets the step, the model's kind and config. All ranks call, the first
+    one writes. A failure (OSError when the disk is full) leaves the earlier checkpoints as they were.
     """
     folder = Path(folder)
     names = [folder / f"{stem}_{step:06d}.{ext}" for stem, ext in (("model", "pt"), ("optim", "pt"), ("meta", "json"))]
+    state = full_state(model)
     try:
-        save_torch(model.state_dict(), names[0])
-        save_torch([opt.state_dict() for opt in optimizers], names[1])
-        save_json({"step": step, "kind": model_kind(model.config), "model_config": asdict(model.config), **meta},
-                  names[2])
+        if state is not None:
+            save_torch(state, names[0])
+        save_optimizers(names[1], optimizers)
+        if state is not None:
+            save_json({"step": step, "kind": model_kind(model.config), "model_config": asdict(model.config), **meta},
+                      names[2])
     except OSError:
         for name in names:  # a checkpoint without its meta file is no checkpoint: give the room back
             name.unlink(missing_ok=True)
         raise
-    for old in list_steps(folder)[:-keep]:
-        for path in folder.glob(f"*_{old:06d}.*"):
-            path.unlink()
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -269,17 +270,14 @@ def load_step(folder: Path, step: int, device="cpu") -> tuple[GPT, dict]:
     return model, meta
 
 
-def load_optimizers(folder: Path, step: int, optimizers: list) -> None:
-    """Optimizer states of a step, in place."""
-    path = Path(folder) / f"optim_{step:06d}.pt"
-    states = load_torch(path)
-    try:
-        assert len(states) == len(optimizers)
-        for opt, state in zip(optimizers, states):
-            opt.load_state_dict(state)
-    except Exception as e:
-        raise ValueError(f"{path} does not hold this run's {len(optimizers)} optimizers ({_line(e)}): resume with the flags "
-                         "that the run was started with, or start over with --fresh") from e
+def save_optimizers(path: Path, optimizers: list) -> None:
+    """
+    Writes the optimizers' states, whole, named by their parameters; all ranks call, the first one writes. OSError when the
+    disk is full.
+    """
+    states = [full_optimizer_state(opt) for opt in optimizers]
+    if get_rank()[0] == 0:
+        save_torch(states, path)
 
 
 def carry_optimizers(path: Path, optimizers: list) -> int:
@@ -301,8 +299,9 @@ def carry_optimizers(path: Path, optimizers: list) -> int:
                 if any(v.ndim and v.shape != p.shape for v in moments.values()):
                     raise ValueError(f"the optimizer's state of {name} in {path} is of another shape than {tuple(p.shape)}: "
                                      "it belongs to another model; remove it to start with fresh states")
-                opt.state[p] |= {k: v.clone() if not v.ndim else v.to(p.device, p.dtype, copy=True)
-                                 for k, v in moments.items()}
+                for k, v in moments.items():
+                    opt.state[p][k] = torch.zeros_like(p) if v.ndim else v.clone()
+                    local(opt.state[p][k]).copy_(v[local_rows(p)] if v.ndim else v)
                 carried += bool(moments)
     return carried
 
@@ -322,12 +321,15 @@ def optimizer_names(state: dict) -> dict[int, str]:
 def save_export(folder: Path, model: GPT, tokenizer: Tokenizer, info: dict) -> None:
     """
     Writes folder/{model.pt,config.json,tokenizer/}; config.json holds kind, config and `info` (provenance, proof). An
-    earlier export there stays whole until both files have been written (OSError when the disk is full).
+    earlier export there stays whole until both files have been written (OSError when the disk is full). All ranks call, the
+    first one writes.
     """
-    folder = Path(folder)
+    folder, state = Path(folder), full_state(model)
+    if state is None:
+        return
     tokenizer.save(folder / "tokenizer")
     with atomic_write(folder / "model.pt") as f, atomic_write(folder / "config.json", "w") as g:
-        _dump(model.state_dict(), f)
+        _dump(state, f)
         json.dump({"kind": model_kind(model.config), "config": asdict(model.config), **info}, g, indent=1)
 
 

@@ -98,15 +98,17 @@ class LayerDimPredictor(nn.Module):
         return 2 * (tokens * self.c_in.weight.numel() + self.c_mid.weight.numel() + self.out_weight.numel())
 
 
-def gumbel_choice(logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None) -> torch.Tensor:
+def gumbel_choice(logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None, rank: int = 0,
+                  world: int = 1) -> torch.Tensor:
     """
     Straight-through Gumbel-softmax (Jang et al. 2017, arXiv 1611.01144): a one-hot sample of softmax(logits) over the last
     dim of (B, n_block, n_levels), whose gradient is that of the soft sample at this temperature. In half the rows all blocks
     share one noise: one narrow block among many can spoil an answer, so that independent draws would hardly ever show what
-    a wide plan is worth.
+    a wide plan is worth. rank, world: these rows are every world-th of a batch whose noise all ranks draw alike.
     """
-    uniform = torch.rand(logits.shape, generator=generator)
-    alike = torch.rand(len(logits), 1, 1, generator=generator) < 0.5
+    rows = len(logits) * world
+    uniform = torch.rand(rows, *logits.shape[1:], generator=generator)[rank::world]
+    alike = torch.rand(rows, 1, 1, generator=generator)[rank::world] < 0.5
     uniform = torch.where(alike, uniform[:, :1], uniform).to(logits.device).clamp(1e-9, 1 - 1e-7)
     soft = ((logits - (-uniform.log()).log()) / temperature).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), soft.size(-1)).to(soft)

@@ -182,3 +182,48 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def everyone(value, group=None) -> list:
+    """What each rank gives, a list on all of them."""
+    if not dist.is_initialized():
+        return [value]
+    out = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value, group=group)
+    return out
+
+
+def first_alone(make):
+    """make() on every rank, on the first before all others: what it puts on the disk is then there already."""
+    if get_rank()[0] == 0:
+        made = make()
+    everyone(None)
+    return made if get_rank()[0] == 0 else make()
+
+
+def full_state(model) -> dict[str, torch.Tensor] | None:
+    """The whole weights on the CPU of rank 0, None elsewhere; all ranks must ask. Rank 0 needs room for all of them."""
+    return _gather(model.state_dict())
+
+
+def full_optimizer_state(optimizer) -> dict | None:
+    """An optimizer's state dict with whole tensors on rank 0, None elsewhere."""
+    state = optimizer.state_dict()
+    whole_state = {i: _gather(moments) for i, moments in state["state"].items()}
+    return {**state, "state": whole_state} if get_rank()[0] == 0 else None
+
+
+def _gather(tensors: dict) -> dict | None:
+    out = {name: whole(t.detach()) for name, t in tensors.items()} if not dist.is_initialized() else {}
+    for name, t in tensors.items() if dist.is_initialized() else ():
+        full = whole(t.detach())
+        if get_rank()[0] == 0:
+            out[name] = full.cpu()
+    return out if get_rank()[0] == 0 else None
+
+
+def leave() -> None:
+    """Ends what init_processes began, once all ranks are here."""
+    if dist.is_initialized():
+        everyone(None)
+        dist.destroy_process_group()

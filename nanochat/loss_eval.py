@@ -93,14 +93,16 @@ def head_loss(h, weight, targets, softcap, teacher=None, reduction="mean") -> to
 
 
 @torch.no_grad()
-def evaluate_bpb(model, batches, steps: int, token_bytes: torch.Tensor, **forward_args) -> float:
+def evaluate_bpb(model, batches, steps: int, token_bytes: torch.Tensor, reduce=lambda t: t, **forward_args) -> float:
     """
-    Bits per byte of text, which does not depend on the tokenizer. batches yields (x, y); token_bytes is (V,).
+    Bits per byte of text, which does not depend on the tokenizer. batches yields (x, y); token_bytes is (V,); reduce: sums a
+    tensor over the ranks, where each has its own batches.
     """
     text = BitsPerByte(token_bytes)
     for _, (x, y) in zip(range(steps), batches):
         losses, _ = model(x, y, reduction="none", **forward_args)
         text.add(losses, y)
+    text.nats, text.bytes = reduce(torch.tensor([text.nats, text.bytes], dtype=torch.float64)).tolist()
     return text.value
 
 
@@ -139,35 +141,41 @@ def some_tokens(mask: torch.Tensor, n: int, generator: torch.Generator) -> torch
 class Student(NamedTuple):
     """
     A narrow pass: widths and exits (see GPT.hidden) of the batch's rows [start, stop); None: all that there are. counts:
-    whether anything is learned from it. Where a model is sharded, a pass that some ranks make must be made by all.
+    whether anything is learned from it. Where a model is sharded, a pass that some ranks make must be made by all. label:
+    under which its loss is logged, the same on all ranks (None: the widths).
     """
     widths: object = None
     exits: torch.Tensor | None = None
     start: int = 0
     stop: int | None = None
     counts: bool = True
+    label: int | str | None = None
 
 
 def sample_students(config, rows: int, T: int, starts: torch.Tensor, generator: torch.Generator,
-                    expanding: int | None = None, rank: int = 0, world: int = 1) -> list[Student]:
+                    expanding: int | None = None, rank: int = 0, world: int = 1,
+                    levels: tuple[int, ...] | None = None) -> list[Student]:
     """
     One step's student passes over `rows` rows (DESIGN 8): sampled levels and an exit per token; in the first `expanding`
     rows (None: a quarter) some blocks go one level up from a random position on. starts (rows * world,): where a row's
     prompt ends; see sample_exits. With several ranks of `rows` rows each, all sample for the global batch, from generators
-    seeded alike; row i of a rank is the batch's row i * world + rank.
+    seeded alike; row i of a rank is the batch's row i * world + rank. levels: those to sample from (None: all).
     """
-    widths = sample_levels(config.levels, config.n_block, generator)
+    levels = levels or config.levels
+    widths = sample_levels(levels, config.n_block, generator)
     exits = sample_exits(config.exit_points, config.n_block, starts, T, generator)[rank::world]
+    label = widths[0] if len(set(widths)) == 1 else "mixed"
     total = rows * world
     some = total // 4 if expanding is None else expanding
     if some == 0 or min(widths) == config.top_width:
-        return [Student(widths, exits)]
-    grown = expand_from(widths, config.levels, starts[:some], T, generator)[rank::world]
+        return [Student(widths, exits, label=label)]
+    grown = expand_from(widths, levels, starts[:some], T, generator)[rank::world]
     n = len(grown)  # of this rank's rows; at least one pass of one row, see Student
-    mixed = Student(grown, exits[:n], 0, n) if n else Student(widths, exits[:1], 0, 1, False)
+    idle = Student(widths, exits[:1], 0, 1, counts=False)
+    mixed = (Student(grown, exits[:n], 0, n) if n else idle)._replace(label="mixed")
     if some == total:
         return [mixed]
-    return [mixed, Student(widths, exits[n:], n, rows) if n < rows else Student(widths, exits[:1], 0, 1, False)]
+    return [mixed, (Student(widths, exits[n:], n, rows) if n < rows else idle)._replace(label=label)]
 
 
 def matryoshka_backward(model, x, y, students: list[Student], scale: float,
@@ -178,8 +186,8 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
     pass (the teacher), then the KL of each student's narrow pass to the teacher's detached
     distribution, averaged over the supervised tokens of all students. The teacher's graph is freed before a student's is
     built. gate_at: flat indices into (B, T) of supervised tokens; the gate learns from the teacher pass at these, its loss
-    multiplied by gate_scale (None: scale). by_width: is filled with width (or 'mixed') -> [the students' loss times what it
-    was multiplied by, that factor], both summed. Returns the losses, detached: 'loss', 'kl', 'gate'.
+    multiplied by gate_scale (None: scale). by_width: is filled with label -> [the students' loss times what it was
+    multiplied by, that factor], both summed. Returns the losses, detached: 'loss', 'kl', 'gate'.
     """
     shadow = None if gate_at is None else Shadow(gate_at)
     loss, teacher = model(x, y, control=shadow)
@@ -194,8 +202,7 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
         (kl * (scale * share)).backward()
         out["kl"] = out.get("kl", 0) + kl.detach() * share
         if by_width is not None:
-            widths = {s.widths} if isinstance(s.widths, int) else set(torch.as_tensor(s.widths).flatten().tolist())
-            level = by_width.setdefault(widths.pop() if len(widths) == 1 else "mixed", [0.0, 0.0])
+            level = by_width.setdefault(s.widths if s.label is None else s.label, [0.0, 0.0])
             level[0] += kl.detach() * (scale * share)
             level[1] += scale * share
     if shadow is not None:
@@ -238,56 +245,69 @@ def gate_loss(model, shadow: Shadow, full: torch.Tensor, targets: torch.Tensor) 
         labels.append((loss <= own + c.exit_tau).float()[here])
     logits, labels = torch.cat(logits), torch.cat(labels)
     sure = torch.sigmoid(logits.detach())
-    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / max(1, len(labels)), {
-        "brier": float((sure - labels).square().mean()), "rate": float(labels.mean()), "confidence": sure, "label": labels}
+    n = max(1, len(labels))  # there is nothing to look at where no token is supervised
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / n, {
+        "brier": float((sure - labels).square().sum() / n), "rate": float(labels.sum() / n), "confidence": sure,
+        "label": labels}
 
 
-def predictor_loss(model, x, y, starts, budget: float, temperature: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
+def predictor_loss(model, x, y, starts, budget: float, temperature: float, generator, rank: int = 0,
+                   world: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """
     (cross-entropy behind the prompts at levels sampled from the predictor, their mean cost as a share of full compute), both
     with gradient to the predictor alone, through straight-through Gumbel-softmax and soft prefix masks (DESIGN 7). x, y (B,
     T); starts (B,) int64: a row's first starts[r] tokens are the prompt, which is all that the predictor sees, and the loss
     counts from the prompt's last token on, the one that the first generated token comes from. Rows share the budget, so
-    that easy ones can leave compute to hard ones.
+    that easy ones can leave compute to hard ones. rank, world: see gumbel_choice.
     """
     T, c = x.size(1), model.config
     t = torch.arange(T, device=x.device)
     starts = starts.to(x.device)[:, None]
-    choice = gumbel_choice(predict(model, x, t < starts, budget), temperature, generator)
+    choice = gumbel_choice(predict(model, x, t < starts, budget), temperature, generator, rank, world)
     table, fixed = cost_table(model, c.sequence_len / 2)
-    frozen = {name: p.detach() for name, p in model.named_parameters()}
+    # what learns otherwise is left out here; where a model is sharded, nothing but the controls learns
+    frozen = {name: p.detach() for name, p in model.named_parameters()
+              if p.requires_grad and not name.startswith("predictor.")}
     loss, _ = functional_call(model, frozen, (x, torch.where(t >= starts - 1, y, -1)),
                               {"widths": soft_masks(choice, c.levels, c.top_width)})
     return loss, energy(choice, table, fixed).mean()
 
 
 def controls_backward(model, x, y, starts, generator: torch.Generator, temperature: float, tokens: int = 256,
-                      scale: float = 1.0) -> dict[str, torch.Tensor]:
+                      scale: float = 1.0, energy_weight: float = 1.0, at: torch.Tensor | None = None, rank: int = 0,
+                      world: int = 1, reduce=lambda t: t) -> dict[str, torch.Tensor]:
     """
     One step of training the controls alone, on the model as it is: backward of the shadow loss and of the predictor's
-    cross-entropy + |cost - budget|, each multiplied by `scale`. x, y (B, T), starts (B,): see predictor_loss.
+    cross-entropy + energy_weight * |cost - budget|, each multiplied by `scale`. x, y (B, T), starts (B,): see
+    predictor_loss.
 
     The gate learns on the passes that it will see: widths planned by the predictor for a random budget, exits by the gate
     itself at a random threshold. A token's own loss at full depth is that at full width too, since that is the answer it
-    would replace. `tokens`: how many supervised tokens it looks at. Returns 'loss' (the cross-entropy of the sampled plan),
-    'budget' and 'share' (asked and expected cost), 'gate' and 'brier'.
+    would replace. `tokens`: how many supervised tokens it looks at (or `at`: their flat indices). Returns 'loss' (the
+    cross-entropy of the sampled plan), 'budget' and 'share' (asked and expected cost), 'gate' and 'brier'; with several
+    ranks (rank, world; reduce sums a tensor over them) the parts of these that add up over the ranks.
     """
     c, T = model.config, x.size(1)
     _, floor = level_shares(model)
     draw = torch.rand(3, generator=generator).tolist()
     budget, leave = floor + (1 - floor) * draw[0], 0.5 + 0.5 * draw[1]
     behind = torch.arange(T) >= starts[:, None] - 1
-    at = some_tokens(behind & (y.cpu() >= 0), tokens, generator)
+    if at is None:
+        at = some_tokens(behind & (y.cpu() >= 0), tokens, generator)
 
     shadow, control = Shadow(at), Controls(model, budget, **calibrated_thresholds(leave, c))
     with torch.no_grad():
         full = model.hidden(x).flatten(0, 1)[at.to(x.device)]
         control.parallel(x, [row[:n] for row, n in zip(x.tolist(), starts.tolist())], behind, shadow)
     gate, seen = gate_loss(model, shadow, full, y.flatten()[at.to(y.device)])
-    (gate * scale).backward()
+    own = torch.tensor([len(seen["label"]), int((behind & (y.cpu() >= 0)).sum())], dtype=torch.float64)
+    of_pairs, of_tokens = (own / reduce(own.clone()).clamp(min=1)).tolist()
+    (gate * (scale * of_pairs)).backward()
 
     budget = floor + (1 - floor) * draw[2]
-    loss, share = predictor_loss(model, x, y, starts, budget, temperature, generator)
-    ((loss + (share - budget).abs()) * scale).backward()
-    return {"loss": loss.detach(), "gate": gate.detach(), "brier": torch.tensor(seen["brier"]), "share": share.detach(),
-            "budget": torch.tensor(budget)}
+    loss, share = predictor_loss(model, x, y, starts, budget, temperature, generator, rank, world)
+    off = reduce(share.detach() / world) - budget  # of all ranks' rows together
+    ((loss * of_tokens + energy_weight * off.sign() * share / world) * scale).backward()
+    return {"loss": loss.detach() * of_tokens, "gate": gate.detach() * of_pairs,
+            "brier": torch.tensor(seen["brier"] * of_pairs), "share": share.detach() / world,
+            "budget": torch.tensor(budget / world)}

@@ -21,7 +21,10 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
 
 
 class Monitor:
-    """Of one run in `folder`, steps `start` to `total`. wandb_run: its name there, or None; settings: what it shows of it."""
+    """
+    Of one run in `folder`, steps `start` to `total`, of `tokens` each. wandb_run: its name there, or None; settings: what
+    wandb shows of it.
+    """
     def __init__(self, folder: Path, start: int, total: int, device: torch.device, tokens: int, wandb_run: str | None,
                  settings: dict):
         self.folder, self.total, self.device, self.tokens = Path(folder), total, device, tokens

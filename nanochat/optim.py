@@ -199,3 +199,9 @@ def setup_optimizers(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.0
 def _of(groups, boxes):
     own = {p for g in groups for _, p in g["params"]}
     return {p: b for p, b in boxes.items() if p in own}
+
+
+def state_bytes(model) -> tuple[int, int]:
+    """Bytes of optimizer state, fp32: of the trainable parameters, and if all were trained. Works on the meta device."""
+    each = [(p.numel() * (4 if group_of(name) == "matrix" else 8), p.requires_grad) for name, p in model.named_parameters()]
+    return sum(n for n, trained in each if trained), sum(n for n, _ in each)

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import metadata as md
 
 from nanochat.checkpoint_manager import load_json, save_json
 from nanochat.common import fsync_dir, get_rank, print0
+from nanochat.distributed import everyone
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves alone: that is meant
 
@@ -107,7 +108,7 @@ def find_whole(folder: Path) -> tuple[int, dict] | None:
     reported, and renamed to damaged_N. All ranks ask together and share the reading.
     """
     rank, world = get_rank()
-    for step in reversed(_from_first(steps(folder))):
+    for step in reversed(everyone(steps(folder))[0]):
         path = path_of(folder, step)
         meta, fault = None, None
         try:
@@ -117,7 +118,7 @@ def find_whole(folder: Path) -> tuple[int, dict] | None:
                     raise ValueError(f"{name} has another size or sum than when it was written")
         except (OSError, ValueError) as e:
             fault = str(e)
-        faults = [f for f in _everyone(fault) if f]
+        faults = [f for f in everyone(fault) if f]
         if not faults:
             return step, meta
         print0(f"warning: {path} is damaged ({faults[0]}): it is set aside as damaged_{step:06d}, and the checkpoint before "
@@ -127,7 +128,7 @@ def find_whole(folder: Path) -> tuple[int, dict] | None:
             if aside.exists():
                 shutil.rmtree(aside)
             os.rename(path, aside)
-        _everyone(None)
+        everyone(None)
     return None
 
 
@@ -150,6 +151,19 @@ def _sum(path: Path) -> tuple[int, int]:
         while block := f.read(1 << 22):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return size, crc
+
+
+def settle(args, folder: Path) -> None:
+    """Gives the batch flags that `args` leave open the values of the run that is to be resumed, on however many ranks."""
+    for step in reversed(steps(folder)):
+        try:
+            settings = read_meta(path_of(folder, step))["settings"]
+        except (OSError, ValueError, KeyError):
+            continue  # damaged: find_whole will say so
+        for name in ("total_batch_size", "eval_tokens"):
+            if getattr(args, name) == -1:
+                setattr(args, name, settings[name])
+        return
 
 
 def read_rank(path: Path, rank: int) -> dict:
@@ -267,7 +281,7 @@ class Saver:
 
     def _agree(self, fault, new, final, value=None):
         """Everyone's values, or the same OSError on all ranks if one of them has a fault."""
-        told = _everyone((None if fault is None else (getattr(fault, "errno", None), str(fault)), value), self.group)
+        told = everyone((None if fault is None else (getattr(fault, "errno", None), str(fault)), value), self.group)
         faults = [f for f, _ in told if f]
         if not faults:
             return [v for _, v in told]
@@ -278,20 +292,6 @@ class Saver:
             raise OSError(errno.ENOSPC, f"no room left to write {final}; the checkpoints before it are untouched: free some "
                                         "disk space and run the same command again")
         raise OSError(number or errno.EIO, f"{final} could not be written ({text}); the checkpoints before it are untouched")
-
-
-def _everyone(value, group=None) -> list:
-    """What each rank gives, on all of them."""
-    if not dist.is_initialized():
-        return [value]
-    out = [None] * dist.get_world_size()
-    dist.all_gather_object(out, value, group=group)
-    return out
-
-
-def _from_first(value):
-    """Rank 0's value."""
-    return _everyone(value)[0]
 
 
 def _cause(e) -> Exception:

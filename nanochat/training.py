@@ -1,31 +1,33 @@
 """
-The training loop that base_train and fractal_train share: schedule, gradient accumulation, evaluation, progress lines,
-metrics.jsonl, wandb, checkpoints, and resuming where an interrupted run stopped.
+The training loop that base_train and fractal_train share: schedule, gradient accumulation over passes and ranks, evaluation,
+steps that are skipped, checkpoints, and resuming where an interrupted run stopped.
 """
 import argparse
 import json
 import math
-import os
-import resource
-import statistics
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat import mixture
+from nanochat import mixture, step_checkpoint
 from nanochat.common import autodetect_device_type, get_compute_dtype, get_rank, print0
 from nanochat.dataloader import DataLoader
+from nanochat.distributed import all_sum, everyone, gradient_norm, init_processes, local, reduce_whole
+from nanochat.loss_eval import GATE_TOKENS
+from nanochat.matryoshka import block_cost
+from nanochat.monitor import Monitor, timer
 from nanochat.shards import EMBEDDED
 
 # Flags that say how a run is watched and kept, not what it computes: they may differ when it is resumed.
-WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log_every", "device", "compile", "checkpoint"}
-
-# Dense bf16 peak FLOP/s by a part of the device's name, from the vendor's data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12,
-              "4090": 165e12, "A10": 125e12}
+WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log_every", "device", "compile", "checkpoint",
+            "export", "gradient_checkpointing", "max_skipped_steps"}
+# Flags that follow from the number of processes: they may differ, as long as their product does not.
+SPLIT = {"device_batch_size"}
 
 
 def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -> None:
@@ -33,15 +35,19 @@ def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -
     mixture.add_data_arg(p, data)
     p.add_argument("--num-iterations", type=int, default=-1, help="optimizer steps (default: derived and printed)")
     p.add_argument("--device-batch-size", type=int, default=-1,
-                   help="rows per forward pass; lower it when memory runs out (default: 8 on a CPU, 32 on a GPU)")
+                   help="rows per forward pass of one process; lower it when memory runs out (default: 8 on a CPU, 32 on "
+                        "a GPU)")
     p.add_argument("--total-batch-size", type=int, default=-1,
-                   help="tokens per optimizer step, over all passes (default: one pass on a CPU, 524288 on a GPU)")
+                   help="tokens per optimizer step, over all passes and processes (default: one pass of each on a CPU, "
+                        "524288 on a GPU)")
     p.add_argument("--matrix-lr", type=float, default=0.02, help="Muon's learning rate (default: 0.02)")
     p.add_argument("--embedding-lr", type=float, default=0.2, help="AdamW's for embeddings, at width 768 (default: 0.2)")
     p.add_argument("--unembedding-lr", type=float, default=0.004,
                    help="AdamW's for the head, at width 768 (default: 0.004)")
     p.add_argument("--scalar-lr", type=float, default=0.004,
                    help="AdamW's for convolutions, gates and SSM parameters, at width 768 (default: 0.004)")
+    p.add_argument("--weight-decay", type=float, default=0.0,
+                   help="of matrices, embeddings and head, times the learning rate (default: 0, as nanochat-d32's)")
     p.add_argument("--warmup-ratio", type=float, default=0.0, help="share of the steps that raise the rate (default: 0)")
     p.add_argument("--warmdown-ratio", type=float, default=0.4,
                    help="share of the steps that lower it to 0 (default: 0.4)")
@@ -52,7 +58,13 @@ def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -
                    help="validation tokens per evaluation (default: 20 passes' worth)")
     p.add_argument("--save-every", type=int, default=250,
                    help="steps between checkpoints; -1 = only at the end (default: 250)")
-    p.add_argument("--keep-checkpoints", type=int, default=2, help="how many to keep (default: 2)")
+    p.add_argument("--keep-checkpoints", type=int, default=2,
+                   help="how many to keep, of those that an interrupted run resumes from (default: 2)")
+    p.add_argument("--gradient-checkpointing", action="store_true",
+                   help="compute each block again in the backward pass instead of keeping its activations: a third more "
+                        "compute, a fraction of the memory")
+    p.add_argument("--max-skipped-steps", type=int, default=10,
+                   help="a step whose loss or gradient is not finite is skipped; stop after so many in a row (default: 10)")
     p.add_argument("--log-every", type=int, default=10, help="steps between progress lines (default: 10)")
     p.add_argument("--compile", action="store_true",
                    help="compile each block: a slow start, then faster steps (needs a C++ compiler on a CPU)")
@@ -62,37 +74,66 @@ def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -
     p.add_argument("--device", default=None, choices=["cpu", "cuda"], help="default: cuda where there is one")
 
 
-def derive_batch(args, sequence_len: int) -> tuple[str, torch.dtype, int]:
+def derive_batch(args, sequence_len: int) -> tuple[torch.device, torch.dtype, int]:
     """
-    Checks the numeric flags, fills in the device, device batch and total batch that `args` leave open, prints each
-    derivation, and returns (device type, compute dtype, gradient accumulation passes per step).
+    Checks the numeric flags, joins the other processes if torchrun started several, fills in the device, device batch and
+    total batch that `args` leave open, prints each derivation, and returns (device, compute dtype, gradient accumulation
+    passes per step).
     """
     for name, least in (("log_every", 1), ("keep_checkpoints", 1), ("device_batch_size", 1), ("total_batch_size", 1),
-                        ("num_iterations", 1), ("eval_tokens", 1)):
+                        ("num_iterations", 1), ("eval_tokens", 1), ("max_skipped_steps", 1)):
         value = getattr(args, name)
         if value < least and value != -1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-    if get_rank()[1] > 1:
-        raise ValueError("training over several processes is not supported yet: start it without torchrun")
-    device = args.device or autodetect_device_type()
-    if device == "cuda" and not torch.cuda.is_available():
+    kind = args.device or autodetect_device_type()
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch sees no CUDA device: drop the flag to run on the CPU")
-    dtype = get_compute_dtype(device)
+    device, dtype, world = init_processes(kind), get_compute_dtype(kind), get_rank()[1]
     if args.device_batch_size < 0:
-        args.device_batch_size = 32 if device == "cuda" else 8
-    one_pass = args.device_batch_size * sequence_len
+        args.device_batch_size = 32 if kind == "cuda" else 8
+    one_pass = args.device_batch_size * sequence_len * world
     if args.total_batch_size < 0:
-        args.total_batch_size = max(1, 524288 // one_pass) * one_pass if device == "cuda" else one_pass
+        args.total_batch_size = max(1, 524288 // one_pass) * one_pass if kind == "cuda" else one_pass
     if args.eval_tokens < 0:
         args.eval_tokens = 20 * one_pass
     if args.total_batch_size % one_pass:
         raise ValueError(f"--total-batch-size {args.total_batch_size} is no multiple of the {one_pass} tokens of one pass "
-                         f"({args.device_batch_size} rows x {sequence_len}): choose one that is")
+                         f"({args.device_batch_size} rows x {sequence_len}" + (f" x {world} processes" if world > 1 else "")
+                         + "): choose one that is")
     passes = args.total_batch_size // one_pass
-    print0(f"device {device}, {torch.get_num_threads()} threads, compute dtype {str(dtype).removeprefix('torch.')}")
+    print0(f"device {kind}, {torch.get_num_threads()} threads, compute dtype {str(dtype).removeprefix('torch.')}"
+           + (f", {world} processes" if world > 1 else ""))
     print0(f"tokens per step {args.total_batch_size:,} = {args.device_batch_size} rows x {sequence_len} tokens x "
-           f"{passes} pass{'es' if passes > 1 else ''}")
+           + (f"{world} processes x " if world > 1 else "") + f"{passes} pass{'es' if passes > 1 else ''}")
     return device, dtype, passes
+
+
+class Share(NamedTuple):
+    """What part one pass of one rank has of a step's supervised tokens, of the tokens the gate looks at, of its passes."""
+    tokens: float
+    gate: float
+    passes: float
+
+
+def shares(batches: list) -> list[Share]:
+    """Of this rank's passes, [(x, y)], in a step of all ranks. Tokens and gate add up to 1 over passes and ranks."""
+    counts = torch.stack([torch.stack((n.sum(), n.clamp(max=GATE_TOKENS).sum())) for _, y in batches
+                          for n in [(y >= 0).sum(1)]]).double()
+    total = all_sum(counts.sum(0)).clamp(min=1)
+    return [Share(*row, 1 / len(batches)) for row in (counts / total).tolist()]
+
+
+def pass_flops(model, widths=None, context: float = 0) -> float:
+    """
+    FLOPs per token of a forward and backward pass at one width, or a width per block: every product once forward and once
+    for its input's gradient, and for its weight's only where that is trained; attention and scan twice backward.
+    """
+    def both(cost, module):
+        trained = [p.requires_grad for p in module.parameters() if p.ndim == 2 and min(p.shape) > 32]
+        return cost.matmul * (2 + sum(trained) / max(1, len(trained))) + 3 * (cost.attention + cost.scan)
+    blocks = sum(both(cost, block) for block, d in zip(model.transformer.h, model.resolve_widths(widths))
+                 for cost in block_cost(block, d, context))
+    return blocks + both(model.cost()["head"], model.lm_head)
 
 
 def lr_multiplier(step: int, total: int, warmup_ratio: float, warmdown_ratio: float) -> float:
@@ -119,6 +160,29 @@ def set_rates(optimizers, step: int, total: int, warmup_ratio: float, warmdown_r
     return scale
 
 
+class Stop:
+    """
+    Notes SIGINT and SIGTERM (Ctrl-C, or a scheduler that wants the machine back), so that the step under way ends and is
+    saved. A second one ends the program at once.
+    """
+    def __enter__(self):
+        self.signal = None
+        try:
+            self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # no signals outside the main thread
+            self.before = {}
+        return self
+
+    def _note(self, number, frame):
+        if self.signal is not None:
+            sys.exit(128 + number)
+        self.signal = number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 class Run:
     """
     A training run in one folder. `settings` (all flags that change what is computed, and the source) are stored with
@@ -126,16 +190,21 @@ class Run:
     """
     def __init__(self, folder: Path, args, extra_settings: dict):
         self.folder, self.args = Path(folder), args
-        settings = {k: v for k, v in vars(args).items() if k not in WATCHING} | extra_settings
+        settings = {k: v for k, v in vars(args).items() if k not in WATCHING | SPLIT} | extra_settings
         self.settings = json.loads(json.dumps(settings))
-        self.start, self.meta, self.loader = 0, None, None  # loader: the data position of the newest checkpoint
-        ckpt.remove_leftovers(self.folder, everything=args.fresh)
-        if args.fresh:
-            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-        elif ckpt.list_steps(self.folder):
-            self.start = ckpt.last_step(self.folder)
-            self.meta = ckpt.load_json(self.folder / f"meta_{self.start:06d}.json")
-            self.loader = self.meta["loader"]
+        self.start, self.meta, self.loader = 0, None, None  # loader: the data position of every rank
+        if get_rank()[0] == 0:
+            step_checkpoint.remove_leftovers(self.folder, everything=args.fresh)
+            ckpt.remove_leftovers(self.folder, everything=args.fresh)
+            if args.fresh:
+                for name in ("metrics.jsonl", "curves.png"):
+                    (self.folder / name).unlink(missing_ok=True)
+        everyone(None)  # nobody looks before that is done
+        found = step_checkpoint.find_whole(self.folder)
+        if found is not None:
+            self.start, self.meta = found
+            self.path = step_checkpoint.path_of(self.folder, self.start)
+            self.loader = [step_checkpoint.read_rank(self.path, r)["loader"] for r in range(self.meta["world"])]
             before = self.meta.get("settings", {})
             if changed := sorted(k for k in before.keys() | self.settings.keys()
                                  if before.get(k) != self.settings.get(k)):
@@ -149,121 +218,140 @@ class Run:
         """Whether the checkpoint to resume from is the run's last."""
         return self.meta is not None and self.start >= self.args.num_iterations
 
-    def restore(self, model) -> None:
-        """Loads the weights of the checkpoint to resume from, if there is one."""
-        if self.meta is not None:
-            path = self.folder / f"model_{self.start:06d}.pt"
-            ckpt.load_state(model, ckpt.load_torch(path), path)
-
-    def train(self, model, optimizers, tokenizer, data, backward, evaluate, passes: int, sequence_len: int,
-              flops_per_token: float | None = None, data_from: dict | None = None, moments_from: Path | None = None) -> dict:
-        """
-        Trains to args.num_iterations. backward(step, x, y, scale) computes and backpropagates one pass and returns its
-        losses; evaluate() returns a dict with 'bpb'; flops_per_token, where known, gives the MFU. data_from: a loader
-        state of an earlier phase on the same data; this one goes on behind it, so that no text is seen twice before all
-        has been seen once. moments_from: an optimizer file of an earlier phase, whose state a new run takes over.
-        Returns the run's figures: 'bpb' and 'first_bpb' (last and first evaluation), 'tok_per_s', 'steps'.
-        """
-        args, device = self.args, model.device
+    def restore(self, model, optimizers: list) -> None:
+        """Loads the checkpoint to resume from: weights, optimizers, this rank's random state."""
+        step_checkpoint.load(self.path, model, optimizers)
         rank, world = get_rank()
-        if self.meta is not None:
-            ckpt.load_optimizers(self.folder, self.start, optimizers)
-            print0(f"resuming {self.folder} after step {self.start}")
-        elif moments_from is not None:
-            print0(f"{ckpt.carry_optimizers(moments_from, optimizers)} parameters go on with the optimizer's state in "
-                   f"{moments_from}; --warmup-ratio raises the rate anew")
-        where = tokenizer, data, "train", args.device_batch_size, sequence_len, rank, world, device
+        if world == self.meta["world"]:
+            torch.set_rng_state(torch.tensor(list(bytes.fromhex(step_checkpoint.read_rank(self.path, rank)["rng"])),
+                                             dtype=torch.uint8))
+        else:
+            print0(f"the checkpoint is of {self.meta['world']} processes, now there are {world}: weights and optimizers are "
+                   "the same, the text goes on behind the furthest of them")
+        print0(f"resuming {self.folder} after step {self.start}")
+
+    def _open_data(self, tokenizer, data, sequence_len, device, data_from) -> DataLoader:
+        """The training batches: where this run stopped, or behind an earlier phase's, or from the beginning."""
+        where = tokenizer, data, "train", self.args.device_batch_size, sequence_len, *get_rank(), device
         try:
-            loader = DataLoader(*where, self.loader or data_from, seed=args.seed)
+            loader = DataLoader(*where, self.loader or data_from, seed=self.args.seed)
             if self.meta is None and data_from:
-                print0(f"the data goes on behind the {loader.tokens_read:,} tokens of the phases before")
+                print0(f"the data goes on behind the {loader.tokens_read * get_rank()[1]:,} tokens of the phases before")
+            return loader
         except ValueError as e:
             if self.meta is not None or data_from is None:
                 raise
             print0(f"the data starts from its beginning, not where the phase before stopped: {e}")
-            loader = DataLoader(*where, seed=args.seed)
-        batches = iter(loader)
+            return DataLoader(*where, seed=self.args.seed)
+
+    def train(self, model, optimizers, tokenizer, data, backward, evaluate, passes: int, sequence_len: int,
+              data_from=None) -> dict:
+        """
+        Trains to args.num_iterations. backward(step, x, y, share) backpropagates one pass and returns its part of the step's
+        losses, which add up over passes and ranks: 'loss' and others; 'flops', its FLOPs; 'a:b' with 'a', where 'a' is to be
+        divided by it. evaluate() returns a dict with 'bpb', the same on all ranks. data_from: a loader state of an earlier
+        phase on the same data; this one goes on behind it, so that no text is seen twice before all has been seen once.
+        Returns the run's figures: 'bpb' and 'first_bpb' (last and first evaluation), 'tok_per_s', 'steps', 'skipped'.
+        SystemExit (128 + the signal) when interrupted, after saving.
+        """
+        args, total = self.args, self.args.num_iterations
+        loader = self._open_data(tokenizer, data, sequence_len, model.device, data_from)
         figures = dict(self.meta["figures"]) if self.meta else {}
-        peak = next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
-        wandb = _start_wandb(args.run, self.settings) if rank == 0 and args.run else None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        step_times, total = [], args.num_iterations
-        with open(self.folder / "metrics.jsonl", "a+b") as log:
-            if log.tell() and (log.seek(-1, os.SEEK_END), log.read(1))[1] != b"\n":
-                log.write(b"\n")  # an interrupted run left half a line
-
-            def record(entry):
-                log.write(json.dumps(entry).encode() + b"\n")
-                log.flush()
-                if wandb:
-                    wandb.log(entry)
-
+        monitor = Monitor(self.folder, self.start, total, model.device, args.total_batch_size, args.run, self.settings)
+        saver = step_checkpoint.Saver(self.folder, args.keep_checkpoints)
+        in_a_row = saved = 0
+        with Stop() as stop:
+            stopping = False
             for step in range(self.start, total + 1):
                 last = step == total
                 due = args.eval_every > 0 and step % args.eval_every == 0 and step > self.start
-                if step == 0 or due or last:
+                if (last or not stopping) and (step == 0 or due or last):
                     t0 = time.perf_counter()
                     result = evaluate()
                     figures.setdefault("first_bpb", result["bpb"])
                     figures["bpb"] = result["bpb"]
-                    print0(f"step {step:5d}/{total} | validation {result['bpb']:.4f} bits/byte "
-                           f"({time.perf_counter() - t0:.1f} s)")
-                    record({"step": step, **{f"val_{k}": v for k, v in result.items()}})
-                if step_times:
-                    figures["tok_per_s"] = round(args.total_batch_size / statistics.median(step_times), 1)
-                if step > self.start and (last or (args.save_every > 0 and step % args.save_every == 0)):
-                    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+                    monitor.say(f"step {step:5d}/{total} | validation {result['bpb']:.4f} bits/byte "
+                                f"({time.perf_counter() - t0:.1f} s)")
+                    monitor.record({"step": step, **{f"val_{k}": v for k, v in result.items()}})
+                if monitor.tok_per_s:
+                    figures["tok_per_s"] = monitor.tok_per_s
+                if step > self.start and (last or stopping or (args.save_every > 0 and step % args.save_every == 0)):
+                    finite = torch.tensor(float(all(bool(local(p).isfinite().all()) for p in model.parameters())))
+                    if float(all_sum(finite.to(model.device))) < get_rank()[1]:
+                        saver.wait()
                         raise ValueError(f"a weight is not finite at step {step}, nothing was saved: lower the learning "
                                          f"rates; the checkpoints in {self.folder} are from before")
-                    self.loader = loader.state()
-                    ckpt.save_step(self.folder, step, model, optimizers, keep=args.keep_checkpoints, meta={
-                        "settings": self.settings, "loader": self.loader, "figures": figures,
-                        "val_bpb": figures.get("bpb")})
+                    saver.save(step, model, optimizers, {
+                        "settings": self.settings, "figures": figures, "kind": ckpt.model_kind(model.config),
+                        "model_config": model.config.__dict__}, {"loader": loader.state(), "rng": _rng()})
+                    saved = step
+                    monitor.draw()
+                if stopping and not last:
+                    saver.wait()
+                    monitor.close()
+                    where = f"step {saved} is saved" if saved else "nothing was done yet"
+                    print0(f"stopped by {signal.Signals(stopping).name}: {where}; the same command goes on from there")
+                    sys.exit(128 + stopping)
                 if last:
                     break
-                t0 = time.perf_counter()
+                t0 = timer(model.device)
+                batches = [next(loader) for _ in range(passes)]
                 losses = {}
-                for _ in range(passes):
-                    x, y = next(batches)
-                    for k, v in backward(step, x, y, 1 / passes).items():
-                        losses[k] = losses.get(k, 0) + v / passes
+                for (x, y), share in zip(batches, shares(batches)):
+                    for k, v in backward(step, x, y, share).items():
+                        losses[k] = losses.get(k, 0) + v
+                reduce_whole(model.parameters())
+                norm = float(gradient_norm(model.parameters()))
+                losses, stopping = _over_ranks(losses, stop.signal, model.device)
+                flops = losses.pop("flops", 0)
                 scale = set_rates(optimizers, step, total, args.warmup_ratio, args.warmdown_ratio)
-                for opt in optimizers:
-                    opt.step()
+                if math.isfinite(norm) and math.isfinite(losses["loss"]):
+                    for opt in optimizers:
+                        opt.step()
+                    in_a_row = 0
+                else:
+                    in_a_row += 1
+                    figures["skipped"] = figures.get("skipped", 0) + 1
+                    monitor.say(f"step {step} is skipped: loss {losses['loss']}, gradient norm {norm} ({in_a_row} in a row, "
+                                f"{figures['skipped']} in all)")
+                    monitor.record({"step": step, "skipped": figures["skipped"], "loss": str(losses["loss"]),
+                                    "grad_norm": str(norm)})
+                    if in_a_row >= args.max_skipped_steps:
+                        saver.wait()
+                        raise ValueError(self._diagnosis(model, step, losses["loss"], norm))
                 model.zero_grad(set_to_none=True)
-                losses = {k: float(v) for k, v in losses.items()}  # waits for the device
-                if not math.isfinite(losses["loss"]):
-                    raise ValueError(f"the loss is {losses['loss']} at step {step}: lower --matrix-lr and --embedding-lr; "
-                                     f"the checkpoints in {self.folder} are from before")
-                step_times.append(time.perf_counter() - t0)
-                if step % args.log_every == 0 or step == total - 1:
-                    recent = statistics.median(step_times[-20:])
-                    rate = args.total_batch_size / recent
-                    mfu = f" | MFU {rate * flops_per_token / peak:.1%}" if peak and flops_per_token else ""
-                    values = " | ".join(f"{k} {v:.4f}" for k, v in losses.items())
-                    print0(f"step {step:5d}/{total} | {values} | lr x{scale:.2f} | {rate:,.0f} tok/s{mfu} | "
-                           f"ETA {_clock(recent * (total - step - 1))}")
-                    record({"step": step, **losses, "lr_scale": scale, "tok_per_s": rate,
-                            "peak_rss_mb": peak_rss_mb()})
-        if wandb:
-            wandb.finish()
+                if in_a_row == 0:
+                    monitor.step(step, timer(model.device) - t0, losses, scale, norm, flops,
+                                 step % args.log_every == 0 or step == total - 1)
+            saver.wait()
+        monitor.close()
+        self.loader = everyone(loader.state())
         return figures | {"steps": total}
 
-
-def peak_rss_mb() -> float:
-    """The most memory that this process has had resident, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-def _clock(seconds: float) -> str:
-    m, s = divmod(int(seconds), 60)
-    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
+    def _diagnosis(self, model, step, loss, norm) -> str:
+        bad = [name for name, p in model.named_parameters() if p.grad is not None and not local(p.grad).isfinite().all()]
+        largest, name = max((float(local(p).abs().max()), name) for name, p in model.named_parameters() if local(p).numel())
+        where = f"; not finite are the gradients of {len(bad)} tensors, {', '.join(bad[:3])} first" if bad else ""
+        return (f"{self.args.max_skipped_steps} steps in a row, to {step}, had no finite loss and gradient (loss {loss}, "
+                f"norm {norm}{where}; the largest weight is in {name}, {largest:.3g}): lower --matrix-lr and "
+                f"--embedding-lr, or look at the data there; the checkpoints in {self.folder} are from before")
 
 
-def _start_wandb(name: str, settings: dict):
-    import wandb  # takes seconds to import, and most runs do not want it
-    try:
-        return wandb.init(project="nanochat", name=name, config=settings)
-    except Exception as e:  # its own exception classes vary between versions
-        raise ConnectionError(f"wandb could not start ({e}): set WANDB_MODE=offline, or leave --run away") from e
+def _over_ranks(losses: dict, stop: int | None, device) -> tuple[dict[str, float], int]:
+    """A step's losses over all ranks, and the signal that any of them got (0: none), in one exchange."""
+    keys = sorted(losses)
+    values = torch.stack([torch.as_tensor(losses[k], dtype=torch.float64, device=device) for k in keys])
+    signals = torch.zeros(2, dtype=torch.float64, device=device)
+    if stop:
+        signals[0 if stop == signal.SIGINT else 1] = 1
+    *values, interrupt, terminate = all_sum(torch.cat((values, signals))).tolist()
+    out = dict(zip(keys, values))
+    for key in [k for k in keys if ":" in k]:
+        weight = out.pop(key)
+        name = key.partition(":")[0]
+        out[name] = out[name] / weight if weight else 0.0
+    return out, int(signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0)
+
+
+def _rng() -> str:
+    return bytes(torch.get_rng_state().tolist()).hex()

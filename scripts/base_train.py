@@ -7,15 +7,17 @@ The result is base_checkpoints/d4/{model_NNNNNN.pt,optim_NNNNNN.pt,meta_NNNNNN.j
 NANOCHAT_BASE_DIR, which scripts.surgery takes from there. Run again, it resumes where it stopped.
 """
 import argparse
+import itertools
 
 import torch
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat.common import cli, get_base_dir, print0
+from nanochat import distributed, step_checkpoint
+from nanochat.common import cli, get_base_dir, get_rank, print0
 from nanochat.dataloader import DataLoader
-from nanochat.distributed import compile_blocks
+from nanochat.elastic_step import ElasticStep
 from nanochat.gpt import GPTConfig
-from nanochat.loss_eval import evaluate_bpb, matryoshka_backward
+from nanochat.loss_eval import evaluate_bpb
 from nanochat.mixture import prepare_mixture
 from nanochat.optim import setup_optimizers
 from nanochat.tokenizer import Tokenizer
@@ -43,7 +45,12 @@ def main(argv=None):
     config = GPTConfig.from_depth(args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim)
     print0(f"depth {args.depth} -> width {config.n_embd} = {config.n_head} heads x {config.head_dim}, "
            f"vocabulary {config.vocab_size}, context {config.sequence_len}")
+    args.tag = args.tag or f"d{args.depth}"
+    folder = get_base_dir() / "base_checkpoints" / args.tag
+    if not args.fresh:
+        step_checkpoint.settle(args, folder)
     device, dtype, passes = derive_batch(args, config.sequence_len)
+    rank, world = get_rank()
     model = ckpt.build_model(config, device)
     params = model.num_params()
     print0("parameters " + ", ".join(f"{k} {v:,}" for k, v in params.items()))
@@ -51,37 +58,40 @@ def main(argv=None):
         args.num_iterations = max(1, round(args.target_param_data_ratio * params["total"] / args.total_batch_size))
     print0(f"steps {args.num_iterations:,} = {args.num_iterations * args.total_batch_size / params['total']:.1f} "
            "tokens per parameter")
-    args.tag = args.tag or f"d{args.depth}"
-    folder = get_base_dir() / "base_checkpoints" / args.tag
-    data = prepare_mixture(args.data)
+    data = distributed.first_alone(lambda: prepare_mixture(args.data))
 
     run = Run(folder, args, {"tokenizer": tokenizer.get_vocab_size(), "dtype": str(dtype)})
     torch.manual_seed(args.seed)
     model.init_weights()
-    run.restore(model)
-    if run.finished:
-        print0(f"{folder} is trained already ({run.start} steps); --fresh starts over")
-        return run.meta["figures"]
-    tokenizer.save(folder / "tokenizer")
-    model.compute_dtype = dtype
-    if args.compile:
-        compile_blocks(model)
+    distributed.shard_model(model, distributed.make_mesh(device.type), dtype, args.gradient_checkpointing, args.compile)
+    optimizers = setup_optimizers(model, args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr,
+                                  weight_decay=args.weight_decay)
+    if run.meta is not None:
+        run.restore(model, optimizers)
     token_bytes = tokenizer.token_bytes()
-    eval_steps = max(1, args.eval_tokens // (args.device_batch_size * config.sequence_len))
+    eval_steps = -(-max(1, args.eval_tokens // (args.device_batch_size * config.sequence_len)) // world)
 
     def evaluate():
         val = DataLoader(tokenizer, data, "val", args.device_batch_size, config.sequence_len, device=device)
-        return {"bpb": evaluate_bpb(model, val, eval_steps, token_bytes)}
+        return {"bpb": evaluate_bpb(model, itertools.islice(val, rank, None, world), eval_steps, token_bytes,
+                                    distributed.all_sum)}
 
-    def backward(step, x, y, scale):
-        return matryoshka_backward(model, x, y, [], scale)
-
-    flops = 3 * sum(c.flops for c in model.cost(context=(config.sequence_len + 1) / 2).values())
-    print0(f"FLOPs per trained token {flops:,.0f}")
-    optimizers = setup_optimizers(model, args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)
-    figures = run.train(model, optimizers, tokenizer, data, backward, evaluate, passes, config.sequence_len, flops)
+    step = ElasticStep(model, args.seed, args.num_iterations, None)
+    print0(f"FLOPs per trained token {step.flops(None):,.0f}")
+    if run.finished:
+        figures = run.meta["figures"]
+        print0(f"{folder} is trained already ({run.start} steps); --fresh starts over")
+    else:
+        if rank == 0:
+            tokenizer.save(folder / "tokenizer")
+        figures = run.train(model, optimizers, tokenizer, data, step, evaluate, passes, config.sequence_len)
+    if not (folder / f"meta_{args.num_iterations:06d}.json").is_file():
+        ckpt.save_step(folder, args.num_iterations, model, optimizers, {
+            "settings": run.settings, "loader": run.loader if world > 1 else run.loader[0], "figures": figures,
+            "val_bpb": figures["bpb"]})
     print0(f"trained {folder}: {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte, "
            f"{figures.get('tok_per_s', 0):,.0f} tok/s")
+    distributed.leave()
     return figures
 
 

@@ -25,6 +25,7 @@ from nanochat.checkpoint_manager import build_model, load_state
 from nanochat.common import atomic_write, cli, get_base_dir, print0
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
+from nanochat.elastic_step import random_splits
 from nanochat.gpt import GPTConfig
 from nanochat.growing import INITS, Init, grow
 from nanochat.hybrid_gpt import HybridConfig
@@ -37,7 +38,6 @@ from nanochat.streaming import State
 from nanochat.surgery import insert
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import set_rates
-from scripts.fractal_train import random_splits
 
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt

@@ -1,9 +1,12 @@
 r"""
-Trains a hybrid so that all its widths work: stage 1 trains what surgery added and keeps the base as it was;
---unfreeze then trains everything at a lower learning rate; --controls then fits the predictor and the gate of mode auto.
+Trains a hybrid so that all its widths work: stage 1 trains what surgery added and keeps the base as it was; stages 2 and 3
+train what growth added, and Mamba; --unfreeze trains everything at a lower learning rate; --controls then fits the predictor
+and the gate of mode auto.
 
     python -m scripts.fractal_train --checkpoint \
-        $NANOCHAT_BASE_DIR/hybrid_checkpoints/d4_256 --stage 1 --matryoshka --sample-dim
+        $NANOCHAT_BASE_DIR/hybrid_checkpoints/d4_256 --matryoshka --sample-dim
+    torchrun --nproc_per_node=8 -m scripts.fractal_train --checkpoint \
+        ~/.cache/nanochat/hybrid_checkpoints/d32_2048/model.pt --expanded-dim=2048 --matryoshka --sample-dim
     python -m scripts.fractal_train --checkpoint \
         $NANOCHAT_BASE_DIR/fractal_checkpoints/d4_256 --unfreeze --matryoshka --sample-dim
     python -m scripts.fractal_train --checkpoint \
@@ -11,53 +14,53 @@ Trains a hybrid so that all its widths work: stage 1 trains what surgery added a
 
 Each step runs a full pass (teacher, cross-entropy) and, with --matryoshka, narrow passes (students) that learn the
 teacher's distribution at sampled widths and exits, while the gate looks on. With --controls the model stays as it is, and
-gate and predictor learn on the passes that they decide themselves. The result is model.pt, config.json and tokenizer/ in
-fractal_checkpoints/<tag>_<width>[_unfrozen][_auto]/ under NANOCHAT_BASE_DIR, beside the step checkpoints that an
-interrupted run resumes from.
+gate and predictor learn on the passes that they decide themselves. The result is model.pt, optim.pt, config.json and
+tokenizer/ in fractal_checkpoints/<tag>_<width>[_unfrozen][_auto]/ under NANOCHAT_BASE_DIR, beside the step_N/ folders that
+the same command resumes from, on any number of processes.
 """
 import argparse
-
-import torch
+import itertools
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat.common import cli, get_base_dir, print0
-from nanochat.confidence_probe import gumbel_temperature
+from nanochat import distributed, stages, step_checkpoint
+from nanochat.common import cli, get_base_dir, get_rank, print0
 from nanochat.dataloader import DataLoader
-from nanochat.distributed import compile_blocks
-from nanochat.loss_eval import (
-    GATE_TOKENS,
-    Student,
-    controls_backward,
-    evaluate_bpb,
-    matryoshka_backward,
-    sample_students,
-    some_tokens,
-)
+from nanochat.elastic_step import RECIPES, ElasticStep
+from nanochat.loss_eval import evaluate_bpb
 from nanochat.mixture import default_data, prepare_mixture
-from nanochat.optim import setup_optimizers
-from nanochat.stages import set_trained
+from nanochat.optim import setup_optimizers, state_bytes
 from nanochat.training import Run, add_training_args, derive_batch
 
-
-def random_splits(rows: int, T: int, generator: torch.Generator) -> torch.Tensor:
-    """Where plain text is cut into a prompt and what follows, (rows,): somewhere in its second to fourth eighth."""
-    return torch.randint(max(1, T // 8), max(2, T // 2), (rows,), generator=generator)
+RATES = {"matrix_lr": {"matrix"}, "embedding_lr": {"embedding"}, "unembedding_lr": {"unembedding"}, "scalar_lr": {"scalar"},
+         "weight_decay": {"matrix", "embedding", "unembedding"}}
 
 
-@cli
-def main(argv=None):
+def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
+    """The flags, and the names of those that were given another value than their default."""
     p = argparse.ArgumentParser(description="Train a hybrid at sampled widths, stage by stage.")
     p.add_argument("--checkpoint", required=True, help="the hybrid: an export's folder or the model.pt in it")
-    p.add_argument("--stage", type=int, choices=[1], default=1,
-                   help="1: train the Mamba blocks, value embeddings and gates, the base frozen (default: 1)")
+    p.add_argument("--expanded-dim", type=int, default=None,
+                   help="the hybrid's width, as a check: another one is an error (default: the checkpoint's)")
+    p.add_argument("--stage", type=int, choices=[1, 2, 3], default=None,
+                   help="1: train the Mamba blocks, value embeddings and the gate, the base frozen; 2 and 3: what the last "
+                        "growth added and the Mamba mixers, all else frozen (default: by the checkpoint's provenance)")
     p.add_argument("--unfreeze", action="store_true", help="train everything instead, at --lr-scale times the rates")
     p.add_argument("--lr-scale", type=float, default=None,
                    help="multiplies every learning rate (default: 1; 0.3 with --unfreeze)")
     p.add_argument("--matryoshka", action="store_true", help="also train narrow widths, by distillation from the full pass")
     p.add_argument("--sample-dim", action="store_true",
                    help="sample one width per block and step, instead of a pass at every level in every step")
+    p.add_argument("--dim-levels", default=None,
+                   help="the widths that narrow passes learn, such as 128,512,1024 (default: all levels of the model)")
+    p.add_argument("--recipe", choices=list(RECIPES), default="both",
+                   help="; ".join(f"{k}: {v}" for k, v in RECIPES.items()) + " (default: both)")
+    p.add_argument("--student-every", type=int, default=4, help="of --recipe every (default: 4)")
     p.add_argument("--controls", action="store_true",
                    help="train the predictor and the gate alone, for mode auto, and leave the model as it is")
+    p.add_argument("--energy-lambda", type=float, default=1.0,
+                   help="with --controls: weight of the distance between a plan's cost and its budget (default: 1)")
+    p.add_argument("--export", action="store_true",
+                   help="write model.pt from the run's newest checkpoint, whole or not, and train no further")
     p.add_argument("--tag", default=None, help="name of the family (default: the checkpoint's)")
     add_training_args(p, data=None)
     args = p.parse_args(argv)
@@ -65,78 +68,148 @@ def main(argv=None):
         raise ValueError("--sample-dim has no effect without --matryoshka: add it, or drop --sample-dim")
     if args.controls and (args.matryoshka or args.unfreeze):
         raise ValueError("--controls trains nothing but the controls: drop --matryoshka, --sample-dim and --unfreeze")
+    if args.recipe == "single" and args.matryoshka and not args.sample_dim:
+        raise ValueError("--recipe single is one pass at sampled widths: add --sample-dim")
+    if args.student_every < 1:
+        raise ValueError(f"--student-every is {args.student_every}; it must be at least 1")
+    given = {k for k, v in vars(args).items() if v != p.get_default(k)}
     if args.lr_scale is None:
         args.lr_scale = 0.3 if args.unfreeze else 1.0
+    return args, given
 
-    model, tokenizer, info, file = ckpt.load(args.checkpoint)
-    if ckpt.model_kind(model.config) != "hybrid":
+
+def find_phase(args, config, info) -> tuple[str, dict | None]:
+    """What is trained, for stages.set_trained: the phase, and what is old in stages 2 and 3. ValueError for a wrong one."""
+    if args.expanded_dim not in (None, config.n_embd):
+        raise ValueError(f"--expanded-dim {args.expanded_dim} is not the checkpoint's width {config.n_embd}: name another "
+                         f"checkpoint, or grow this one first (`python -m scripts.surgery --expand-from={config.n_embd} "
+                         f"--new-dim={args.expanded_dim}`)")
+    if args.controls or args.unfreeze:
+        return "controls" if args.controls else "unfrozen", None
+    known = stages.stage_of(config, info.get("provenance")) if args.stage is None or config.n_embd == config.d_ref else None
+    if known is not None and args.stage is None:
+        print0(f"stage {known}, by the checkpoint's provenance")
+    elif (args.stage == 1) != (config.n_embd == config.d_ref):
+        raise ValueError(f"--stage {args.stage} does not fit: the checkpoint's width is {config.n_embd} and its base's "
+                         f"{config.d_ref}; stage 1 is for a hybrid of its base's width, stages 2 and 3 for a grown one")
+    stage = args.stage or known
+    return f"stage {stage}", stages.frozen_boxes(config, info.get("provenance")) if stage > 1 else None
+
+
+def find_levels(spec: str | None, config) -> tuple[int, ...] | None:
+    """--dim-levels as widths; ValueError for one that the model does not have."""
+    if spec is None:
+        return None
+    try:
+        levels = {int(w) for w in spec.split(",")}
+    except ValueError:
+        levels = {0}
+    if not levels <= set(config.levels):
+        raise ValueError(f"--dim-levels {spec}: the model's levels are {','.join(map(str, config.levels))}; name some of "
+                         "these")
+    return tuple(sorted(levels | {config.top_width}))
+
+
+def say_without_effect(given: set[str], args, phase: str, groups: set[str]) -> None:
+    """A line for each flag that was given and changes nothing in this phase."""
+    idle = {name: "nothing of its kind is trained" for name, kinds in RATES.items() if not kinds & groups}
+    if phase in ("unfrozen", "controls"):
+        idle["stage"] = "it is for training with a frozen part"
+    if phase != "controls":
+        idle["energy_lambda"] = "it is for --controls"
+    else:
+        idle |= {"lr_scale": "the controls have a rate of their own"}
+    if not args.matryoshka:
+        idle |= dict.fromkeys(("dim_levels", "recipe"), "it is for --matryoshka")
+    if args.recipe != "every":
+        idle["student_every"] = "it is for --recipe every"
+    for name in sorted(given & idle.keys()):
+        print0(f"note: --{name.replace('_', '-')} has no effect in phase {phase}: {idle[name]}")
+
+
+@cli
+def main(argv=None):
+    args, given = parse_args(argv)
+    config, info, file = ckpt.find(args.checkpoint)
+    if ckpt.model_kind(config) != "hybrid":
         raise ValueError(f"{args.checkpoint} holds a base GPT: make a hybrid of it with "
                          "`python -m scripts.surgery --src ...`")
-    config, T = model.config, model.config.sequence_len
-    device, dtype, passes = derive_batch(args, T)
-    model.to(device).compute_dtype = dtype
-    if args.compile:
-        compile_blocks(model)
+    tokenizer, T = ckpt.load_tokenizer(file.parent, config), config.sequence_len
+    phase, boxes = find_phase(args, config, info)
+    levels = find_levels(args.dim_levels, config)
     args.tag = args.tag or info.get("tag", f"d{config.n_layer}")
     source_is_unfrozen = str(info.get("provenance", {}).get("trained", "")).startswith("unfrozen")
     suffix = ("_unfrozen" if args.unfreeze or (args.controls and source_is_unfrozen) else "") + "_auto" * args.controls
     folder = get_base_dir() / "fractal_checkpoints" / f"{args.tag}_{config.n_embd}{suffix}"
     if folder.resolve() == file.parent.resolve():
         raise ValueError(f"{folder} is both the source and the destination: name another family with --tag")
-    phase = "controls" if args.controls else "unfrozen" if args.unfreeze else f"stage {args.stage}"
-    set_trained(model, phase, gate=args.matryoshka)
+    if not args.fresh:
+        step_checkpoint.settle(args, folder)
+    device, dtype, passes = derive_batch(args, T)
+    rank, world = get_rank()
+
+    model = ckpt.build_model(config, "meta")
+    stages.set_trained(model, phase, gate=args.matryoshka and args.recipe != "single", boxes=boxes)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    counts = model.num_params()
-    print0("parameters " + ", ".join(f"{k} {v:,}" for k, v in counts.items()) + f"; trained {trained:,}")
+    print0("parameters " + ", ".join(f"{k} {v:,}" for k, v in model.num_params().items()) + f"; trained {trained:,}")
+    needed, whole = state_bytes(model)
+    print0(f"{phase}: the optimizer's state is {needed / 1e9:.2f} GB over all processes, {1 - needed / whole:.0%} less than "
+           "if everything were trained" + (f"; the old entries of {len(boxes)} tensors stay as they are" if boxes else ""))
     if args.num_iterations < 0:
         args.num_iterations = max(1, round(20 * trained / args.total_batch_size))
-    print0(f"steps {args.num_iterations:,}; levels {', '.join(map(str, config.levels))}")
-    args.data = args.data or default_data(device)
-    data = prepare_mixture(args.data)
+    print0(f"steps {args.num_iterations:,}; levels {', '.join(map(str, levels or config.levels))}")
+    args.data = args.data or default_data(device.type)
+    data = distributed.first_alone(lambda: prepare_mixture(args.data))
 
-    source = ckpt.sha256(file)
-    run = Run(folder, args, {"source_sha256": source, "dtype": str(dtype)})
-    run.restore(model)
+    source = distributed.everyone(ckpt.sha256(file) if rank == 0 else None)[0]
+    run = Run(folder, args, {"source_sha256": source, "dtype": str(dtype), "phase": phase})
+    distributed.shard_model(model, distributed.make_mesh(device.type), dtype, args.gradient_checkpointing, args.compile)
+    state = ckpt.check_state(model.state_dict(), ckpt.load_torch(file), file)
+    model.to_empty(device=device)
+    rates = [lr * args.lr_scale for lr in (args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)]
+    optimizers = setup_optimizers(model, *rates, weight_decay=args.weight_decay, frozen=boxes)
+    say_without_effect(given, args, phase, {g["name"] for o in optimizers for g in o.param_groups})
+    if run.meta is not None:
+        run.restore(model, optimizers)
+    elif args.export:
+        raise FileNotFoundError(f"there is no checkpoint in {folder} to export: train first, without --export")
+    else:
+        distributed.load_shards(model, state)
+        if (moments := file.parent / "optim.pt").is_file():
+            print0(f"{ckpt.carry_optimizers(moments, optimizers)} parameters go on with the optimizer's state in {moments}; "
+                   "--warmup-ratio raises the rate anew")
+    del state
+
     token_bytes = tokenizer.token_bytes()
-    eval_steps = max(1, args.eval_tokens // (args.device_batch_size * T))
+    eval_steps = -(-max(1, args.eval_tokens // (args.device_batch_size * T)) // world)
     names = list(config.distinct_modes) if args.matryoshka else ["god"]
 
     def evaluate():
         out = {}
         for mode in names:
             val = DataLoader(tokenizer, data, "val", args.device_batch_size, T, device=device)
-            out[mode] = evaluate_bpb(model, val, eval_steps, token_bytes, widths=mode)
+            out[mode] = evaluate_bpb(model, itertools.islice(val, rank, None, world), eval_steps, token_bytes,
+                                     distributed.all_sum, widths=mode)
         print0("  " + ", ".join(f"{k} {v:.4f}" for k, v in out.items()))
         return {"bpb": out[names[-1]], **out}  # the last is the full width
 
-    def backward(step, x, y, scale):
-        # the generator depends on the seed and step alone: ranks agree, and so does a resumed run
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        rows, T = x.shape
-        if args.controls:
-            return controls_backward(model, x, y, random_splits(rows, T, generator), generator,
-                                     gumbel_temperature(step, args.num_iterations), scale=scale)
-        if not args.matryoshka:
-            return matryoshka_backward(model, x, y, [], scale)
-        students = [Student(d) for d in config.levels if d < config.top_width]
-        if args.sample_dim:
-            students = sample_students(config, rows, T, random_splits(rows, T, generator), generator)
-        return matryoshka_backward(model, x, y, students, scale, some_tokens(y >= 0, GATE_TOKENS, generator))
-
-    if not run.finished:
-        rates = [lr * args.lr_scale for lr in (args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)]
-        figures = run.train(model, setup_optimizers(model, *rates), tokenizer, data, backward, evaluate, passes, T,
-                            data_from=info.get("loader"),
-                            moments_from=moments if (moments := file.parent / "optim.pt").is_file() else None)
-    else:
+    if args.export or run.finished:
         figures = run.meta["figures"]
-        print0(f"{folder} is trained already ({run.start} steps); --fresh starts over")
+        print0(f"{folder} is trained " + ("already" if run.finished else "so far") + f" ({run.start} steps)"
+               + ("; --fresh starts over" if run.finished else ""))
+    else:
+        recipe = "controls" if args.controls else args.recipe if args.matryoshka else None
+        step = ElasticStep(model, args.seed, args.num_iterations, recipe, args.sample_dim, levels, args.student_every,
+                           args.energy_lambda)
+        figures = run.train(model, optimizers, tokenizer, data, step, evaluate, passes, T, data_from=info.get("loader"))
+    ckpt.save_optimizers(folder / "optim.pt", optimizers)
     ckpt.save_export(folder, model, tokenizer, {
-        "tag": args.tag, "provenance": {"trained": suffix[1:] or f"stage {args.stage}",
-                                        "steps": args.num_iterations, "source_sha256": source,
-                                        "from": info.get("provenance")}, "figures": figures,
-        "loader": run.loader})
-    print0(f"wrote {folder}: {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte at full width")
+        "tag": args.tag, "provenance": {"trained": suffix[1:] or phase, "steps": figures.get("steps", run.start),
+                                        "source_sha256": source, "from": info.get("provenance")},
+        "figures": figures, "loader": run.loader if world > 1 else run.loader[0]})
+    said = f": {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte at full width" if "bpb" in figures else ""
+    print0(f"wrote {folder}{said}")
+    distributed.leave()
     return figures
 
 

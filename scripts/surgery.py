@@ -28,10 +28,10 @@ from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
 from nanochat.growing import INITS, Init, grow_optimizers, grow_state
 from nanochat.hybrid_gpt import HybridConfig
+from nanochat.monitor import peak_rss_mb
 from nanochat.ordering import ORDERS, can_order, order_by_data, order_by_weights, order_state
 from nanochat.streaming import leaves, open_state, save_lazy, streamed
 from nanochat.surgery import MAX_DELTA, check_sizes, check_vintage, insert_optimizers, insert_state, prove, unchanged
-from nanochat.training import peak_rss_mb
 
 HUB = "karpathy/nanochat-d32"
 ORDER = "none"
@@ -224,8 +224,6 @@ def optimizer_file(file: Path, info: dict) -> Path:
     """The optimizer's state that belongs to a model's file: that of its step, or beside an export."""
     folder = file.parent
     stem = file.name.replace("model", "optim", 1)
-    if file.name == "model.pt" and ckpt.list_steps(folder):
-        stem = f"optim_{ckpt.last_step(folder):06d}.pt"
     if not (folder / stem).is_file():
         raise FileNotFoundError(f"there is no optimizer's state {folder / stem}: leave out --with-optimizer")
     return folder / stem

@@ -29,7 +29,7 @@ def test_step_roundtrip_with_nanochats_names(base, tokens, tmp_path):
     assert meta["val_bpb"] == 1.5 and model.config == base.config
     assert all(torch.equal(p, model.get_parameter(n)) for n, p in base.named_parameters())
     fresh = setup_optimizers(model)
-    ckpt.load_optimizers(tmp_path, 650, fresh)
+    ckpt.carry_optimizers(tmp_path / "optim_000650.pt", fresh)
     for a, b in zip(opts, fresh):
         sa, sb = a.state_dict()["state"], b.state_dict()["state"]
         assert sa.keys() == sb.keys() and all(torch.equal(sa[i][k], sb[i][k]) for i in sa for k in sa[i])
@@ -46,9 +46,9 @@ def test_a_nanochat_file_loads(base, tmp_path):
     assert torch.equal(model.lm_head.weight, base.lm_head.weight)
 
 
-def test_only_the_newest_are_kept_and_half_a_checkpoint_is_none(base, tmp_path):
-    for step in (1, 2, 3):
-        ckpt.save_step(tmp_path, step, base, [], {}, keep=2)
+def test_half_a_checkpoint_is_none(base, tmp_path):
+    for step in (2, 3):
+        ckpt.save_step(tmp_path, step, base, [], {})
     assert ckpt.list_steps(tmp_path) == [2, 3]
     (tmp_path / "meta_000003.json").unlink()  # as if killed before the last file was written
     assert ckpt.last_step(tmp_path) == 2
@@ -120,13 +120,6 @@ def test_a_hostile_size_allocates_nothing(base, tmp_path):
     ckpt.save_json(meta, tmp_path / "meta_000001.json")
     with pytest.raises(ValueError, match="of another shape"):
         ckpt.load_step(tmp_path, 1)
-
-
-@pytest.mark.parametrize("state", [{}, [1, 2], [{}, {}]])
-def test_foreign_optimizer_states_are_refused(base, tmp_path, state):
-    torch.save(state, tmp_path / "optim_000001.pt")
-    with pytest.raises(ValueError, match="does not hold this run's 2 optimizers"):
-        ckpt.load_optimizers(tmp_path, 1, setup_optimizers(base))
 
 
 def test_faulty_keys_are_named_and_nothing_is_loaded(base):

@@ -8,6 +8,7 @@ import torch
 from conftest import language_parameters
 
 from nanochat import checkpoint_manager as ckpt
+from nanochat import step_checkpoint
 from nanochat.loss_eval import Student, matryoshka_backward
 from scripts import base_train, chat_cli, extract, fractal_eval, fractal_train, frontier, surgery, tok_train
 
@@ -146,28 +147,30 @@ def test_an_interrupted_run_resumes_bit_for_bit(home, cwd, script, monkeypatch):
                                 "--num-iterations", "8", "--data", str(home / "docs"), "--tag", "r", *SMALL,
                                 "--save-every", "3", *a])
         folder = cwd / "fractal_checkpoints/r_64"
+    names = ("model_000008.pt", "optim_000008.pt") if script == "base" else ("model.pt", "optim.pt")
     run()
-    whole = ckpt.load_torch(folder / "model_000008.pt")
-    optim = ckpt.load_torch(folder / "optim_000008.pt")
+    whole, optim = (ckpt.load_torch(folder / name) for name in names)
     whole = {k: v.clone() for k, v in whole.items()}
     optim = [{i: {k: v.clone() for k, v in s.items()} for i, s in o["state"].items()} for o in optim]
-    save = ckpt.save_step
+    save = step_checkpoint.Saver.save
 
-    def killed(folder, step, *args, **kwargs):
+    def killed(self, step, *args):
         if step == 6:
+            self.wait()
             raise KeyboardInterrupt
-        return save(folder, step, *args, **kwargs)
-    monkeypatch.setattr(ckpt, "save_step", killed)
+        save(self, step, *args)
+    monkeypatch.setattr(step_checkpoint.Saver, "save", killed)
     with pytest.raises(SystemExit) as e:
         run("--fresh")
-    assert e.value.code == 130 and ckpt.list_steps(folder) == [3]
-    monkeypatch.setattr(ckpt, "save_step", save)
+    assert e.value.code == 130 and step_checkpoint.steps(folder) == [3]
+    monkeypatch.setattr(step_checkpoint.Saver, "save", save)
     run()
-    assert states_equal(whole, ckpt.load_torch(folder / "model_000008.pt"))
-    for a, b in zip(optim, ckpt.load_torch(folder / "optim_000008.pt")):
+    assert states_equal(whole, ckpt.load_torch(folder / names[0]))
+    for a, b in zip(optim, ckpt.load_torch(folder / names[1])):
         assert all(states_equal(s, b["state"][i]) for i, s in a.items())
+    assert step_checkpoint.steps(folder) == [6, 8]
     run()  # a finished run says so and changes nothing
-    assert states_equal(whole, ckpt.load_torch(folder / "model_000008.pt"))
+    assert states_equal(whole, ckpt.load_torch(folder / names[0]))
 
 
 def test_accumulated_passes_equal_one_large_pass(hybrid, tokens):
@@ -256,9 +259,12 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "loud", "-p", "x"], "unknown mode 'loud'", "ghost")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "48", "-p", "x"], "48 is not a level", "32, 64")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "-p", "x" * 500], "the model's context is 64")
-    with monkeypatch.context() as m:
-        m.setenv("WORLD_SIZE", "2")
-        fails(capsys, base_train.main, base_args(home), "several processes")
+    fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--expanded-dim", "96", *docs], "96 is not the checkpoint's",
+          "--new-dim=96")
+    fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--stage", "2", *docs], "--stage 2 does not fit")
+    fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--matryoshka", "--dim-levels", "16,99", *docs],
+          "the model's levels are 16,32,64")
+    fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--export", *docs], "no checkpoint in", "to export")
     monkeypatch.setenv("NANOCHAT_DTYPE", "fp8")
     fails(capsys, base_train.main, base_args(home), "NANOCHAT_DTYPE=fp8", "bfloat16")
     assert listing(cwd) == before
