@@ -13,7 +13,7 @@ import argparse
 
 from nanochat.checkpoint_manager import save_json
 from nanochat.common import cli
-from nanochat.training import PEAK_FLOPS
+from nanochat.monitor import PEAK_FLOPS
 from scripts.plan_memory import show_memory
 from scripts.plan_tables import WIDTHS, d32_stages, show_tables
 

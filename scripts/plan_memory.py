@@ -11,16 +11,17 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nanochat.distributed import shard_model
+from nanochat.distributed import gradient_norm, make_mesh, reduce_whole, shard_model
+from nanochat.elastic_step import ElasticStep, random_splits
 from nanochat.hybrid_gpt import HybridConfig
-from nanochat.loss_eval import GATE_TOKENS, matryoshka_backward, sample_students, tokens_of_rows
+from nanochat.loss_eval import sample_students
 from nanochat.matryoshka import cost_table
 from nanochat.memory_trace import CATEGORIES, MemoryTrace, traced
 from nanochat.optim import setup_optimizers
+from nanochat.training import shares
 from scripts.plan_tables import make_stage, show
 
 RANKS, LIMIT_GB = 8, 80
@@ -32,19 +33,24 @@ SMALL_ROWS = 4
 
 @contextlib.contextmanager
 def fake_ranks(world: int):
-    """A mesh of `world` ranks of which this process is the first and the others do not exist."""
-    before = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-    os.environ |= {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    """The mesh of `world` ranks of which this process is the first and the others do not exist; None of one."""
+    if world == 1:
+        yield None
+        return
+    before = dict(os.environ)
+    set_rank(0, world)
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
-        yield init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+        yield make_mesh("cpu")
     finally:
         dist.destroy_process_group()
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def set_rank(rank: int, world: int) -> None:
+    """What torchrun sets in the environment."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
 
 
 def dearest_students(model, rows: int, world: int, draws: int = 200) -> list:
@@ -53,8 +59,8 @@ def dearest_students(model, rows: int, world: int, draws: int = 200) -> list:
     table, _ = cost_table(model, c.sequence_len / 2)
     levels, best = torch.tensor(c.levels), (-1.0, [])
     for _ in range(draws):
-        starts = torch.full((rows * world,), c.sequence_len // 4)
-        students = sample_students(c, rows, c.sequence_len, starts, generator, rank=0, world=world)
+        splits = random_splits(rows * world, c.sequence_len, generator)
+        students = sample_students(c, rows, c.sequence_len, splits, generator, rank=0, world=world)
         flops = sum(float(table[torch.arange(c.n_block), torch.searchsorted(levels, torch.as_tensor(s.widths))]
                           .sum(-1).mean()) for s in students)
         if flops > best[0]:
@@ -63,18 +69,20 @@ def dearest_students(model, rows: int, world: int, draws: int = 200) -> list:
 
 
 def prepare_step(stage, mesh, rows: int, dtype: torch.dtype, world: int):
-    """(run one optimizer step on random tokens, the optimizers) of a stage's model that is on the meta device."""
-    model, T = stage.model, stage.model.config.sequence_len
+    """(one optimizer step on random tokens, as Run.train makes it; the optimizers) of a stage's model on the meta device."""
+    model = stage.model
     shard_model(model, mesh, dtype, gradient_checkpointing=True)
     model.to_empty(device="cpu")
     optimizers = setup_optimizers(model, frozen=stage.boxes)
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randint(model.config.vocab_size, (2, rows, T), generator=generator)
-    students = dearest_students(model, rows, world)
-    at = tokens_of_rows(y >= 0, GATE_TOKENS, generator)
+    x, y = torch.randint(model.config.vocab_size, (2, rows, model.config.sequence_len), generator=generator)
+    backward, students = ElasticStep(model, seed=0, steps=1, recipe="both"), dearest_students(model, rows, world)
+    backward._students = lambda *_: students
 
     def step():
-        matryoshka_backward(model, x, y, students, 1.0, at)
+        backward(0, x, y, shares([(x, y)])[0])
+        reduce_whole(model.parameters())
+        float(gradient_norm(model.parameters()))
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=True)
@@ -84,7 +92,7 @@ def prepare_step(stage, mesh, rows: int, dtype: torch.dtype, world: int):
 def trace_step(stage, rows: int, dtype: torch.dtype = torch.bfloat16, world: int = RANKS,
                gpu_forms: bool = True) -> MemoryTrace:
     """The trace of a stage's second optimizer step on rank 0 of `world`: the first one makes the optimizers' state."""
-    with fake_ranks(world) if world > 1 else contextlib.nullcontext() as mesh, traced(gpu_forms) as trace:
+    with fake_ranks(world) as mesh, traced(gpu_forms) as trace:
         step, optimizers = prepare_step(stage, mesh, rows, dtype, world)
         parameters = list(stage.model.parameters())
         trace.mark(parameters, "parameters")
@@ -136,9 +144,9 @@ def measured_peak(stage, mesh, dtype: torch.dtype, world: int) -> int:
 def _measure_rank(rank: int, world: int, store: str, dtype: torch.dtype, results) -> None:
     """A process of `measure`."""
     torch.set_num_threads(1)
+    set_rank(rank, world)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
-    results.put(measured_peak(make_stage(1, SMALL), mesh, dtype, world))
+    results.put(measured_peak(make_stage(1, SMALL), make_mesh("cpu"), dtype, world))
     dist.barrier()
     dist.destroy_process_group()
 

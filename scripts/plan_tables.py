@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
-from nanochat.loss_eval import sample_students
-from nanochat.matryoshka import Cost, block_cost
+from nanochat.matryoshka import sample_levels
+from nanochat.monitor import PEAK_FLOPS
 from nanochat.optim import group_of
 from nanochat.stages import frozen_boxes, set_trained
-from nanochat.training import PEAK_FLOPS
+from nanochat.training import pass_flops
 
 WIDTHS = {1: 2048, 2: 2560, 3: 4096}
 FIRST_PLAN = {1: (40, 1000), 2: (50, 1200), 3: (100, 2400)}  # hours on 8 H100s, dollars: the project's first estimate
@@ -90,39 +90,16 @@ def disk(stages: list[Stage]) -> float:
     return kept + 2 * (last["masters"] + last["optimizer"])
 
 
-def step_flops(model: HybridGPT, rows: int = 8) -> dict[str, float]:
+def step_flops(model: HybridGPT) -> dict[str, float]:
     """
-    FLOPs of a training step per token of the batch: 'teacher' and 'student' pass, forward and backward. A matrix product
-    costs 2 n forward, 2 n for its input's gradient where something before it is trained, 2 n for its own where it is
-    trained; attention scores and the scan have no frozen half. Student: the mean over draws; exits save nothing in
-    training, since every block runs for the tokens that stay. Recomputed activations are not counted, as in MFU.
+    FLOPs of a training step per token of the batch: 'teacher' and 'student' pass, forward and backward, without gradients of
+    what is frozen (training.pass_flops). Student: the mean over draws of its levels, and the teacher's logits, which its
+    loss compares with; exits save nothing in training. Recomputed activations are not counted, as in MFU.
     """
-    c = model.config
+    c, generator = model.config, torch.Generator().manual_seed(0)
     context = (c.sequence_len + 1) / 2
-    before = any(p.requires_grad for p in model.transformer.wte.parameters())
-    factors = []
-    for i, block in enumerate(model.transformer.h):
-        own = any(p.requires_grad for p in block.parameters())
-        before |= own or any(p.requires_grad for n, p in model.named_parameters() if n.startswith(f"value_embeds.{i}."))
-        factors.append((1 + before + own, 3 if before else 1))
-    own = model.lm_head.weight.requires_grad
-    head = model.cost()["head"].matmul
-
-    def passed(i: int, cost: Cost) -> float:
-        matmul, other = factors[i]
-        return cost.matmul * matmul + (cost.attention + cost.scan) * other
-    table = torch.tensor([[sum(passed(i, cost) for cost in block_cost(block, d, context)) for d in c.levels]
-                          for i, block in enumerate(model.transformer.h)], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    levels, T, student = torch.tensor(c.levels), 32, 0.0
-    for _ in range(DRAWS):
-        for s in sample_students(c, rows, T, torch.full((rows,), T // 4), generator):
-            widths = torch.as_tensor(s.widths)
-            spent = table[torch.arange(c.n_block), torch.searchsorted(levels, widths)].sum(-1).mean()
-            stop = rows if s.stop is None else s.stop
-            student += float(spent) * (stop - s.start) / rows / DRAWS
-    return {"teacher": float(table[:, -1].sum()) + head * (2 + own),
-            "student": student + head * (3 + own)}  # whose loss takes the teacher's logits too
+    draws = [pass_flops(model, sample_levels(c.levels, c.n_block, generator), context) for _ in range(DRAWS)]
+    return {"teacher": pass_flops(model, None, context), "student": sum(draws) / DRAWS + model.cost()["head"].flops}
 
 
 def training(stage: Stage, args) -> dict[str, float]:

@@ -59,8 +59,7 @@ def test_modes_and_their_shares(d32):
 
 def test_flops_of_a_step():
     """All trained: three times the forward pass. Frozen parts: less by their weights' gradients alone."""
-    stage = plan_tables.make_stage(1, TINY)
-    model, context = stage.model, (TINY.sequence_len + 1) / 2
+    model, context = plan_tables.make_stage(1, TINY).model, (TINY.sequence_len + 1) / 2
     forward = {k: c.flops for k, c in model.cost(context=context).items()}
     frozen = plan_tables.step_flops(model)
     for p in model.parameters():
@@ -69,9 +68,8 @@ def test_flops_of_a_step():
     assert whole["teacher"] == pytest.approx(3 * sum(forward.values()))
     narrow = 3 * (model.cost("ghost", context)["dynamic"].flops + forward["static"]) + 4 * forward["head"]
     assert narrow < whole["student"] < whole["teacher"] + forward["head"]
-    base = 2 * sum(p.numel() for n, p in model.named_parameters()
-                   if re.search(r"\.attn\.c_|lm_head|h\.[02]\.mlp", n))
-    assert 0 <= (whole["teacher"] - frozen["teacher"]) - base < 0.2 * base  # and block 0 has no gradient to pass on
+    base = 2 * sum(p.numel() for n, p in model.named_parameters() if re.search(r"attn\.c_|lm_head|h\.[02]\.mlp", n))
+    assert whole["teacher"] - frozen["teacher"] == pytest.approx(base, rel=0.01)  # the value embeddings' gates are trained
 
 
 def test_the_command(d32, tmp_path, capsys):
