@@ -26,7 +26,7 @@ from scripts.plan_tables import make_stage, show
 
 RANKS, LIMIT_GB = 8, 80
 # Small enough for any CPU, large enough that tensors, and not the bookkeeping of small ones, are what is measured.
-SMALL = HybridConfig(sequence_len=512, vocab_size=2048, n_layer=2, n_head=4, n_kv_head=4, n_embd=256, d_ref=256,
+SMALL = HybridConfig(sequence_len=256, vocab_size=2048, n_layer=2, n_head=4, n_kv_head=4, n_embd=256, d_ref=256,
                      top_width=256, mamba_headdim=64, mamba_d_state=64, mamba_group_width=192)
 SMALL_ROWS = 4
 
