@@ -8,6 +8,7 @@ import gc
 import os
 import tempfile
 import time
+from bisect import bisect_left
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ def dearest_students(model, rows: int, world: int, draws: int = 200) -> list:
     for _ in range(draws):
         splits = random_splits(rows * world, c.sequence_len, generator)
         students = sample_students(c, rows, c.sequence_len, splits, generator, rank=0, world=world)
-        flops = sum(float(table[torch.arange(c.n_block), torch.searchsorted(levels, torch.as_tensor(s.widths))]
+        flops = sum(float(table[torch.arange(c.n_block), torch.searchsorted(levels, torch.as_tensor(s.widths).contiguous())]
                           .sum(-1).mean()) for s in students)
         if flops > best[0]:
             best = flops, students
@@ -114,8 +115,8 @@ def trace_step(stage, rows: int, dtype: torch.dtype = torch.bfloat16, world: int
 def measured_peak(stage, mesh, dtype: torch.dtype, world: int) -> int:
     """
     The most bytes that are allocated at once while the same step really runs, twice: torch's profiler reports what the
-    CPU's allocator hands out, to operators' insides too. It does not see what other threads (gloo's) give back, so an
-    address that is handed out again counts once.
+    CPU's allocator hands out, to operators' insides too. It does not see what other threads (gloo's) give back, which shows
+    only when that memory is handed out again: the figure is an upper bound, and exact in one process.
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -131,11 +132,20 @@ def measured_peak(stage, mesh, dtype: torch.dtype, world: int) -> int:
         open_events += event.children
         if event.tag.name == "Allocation":
             events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
-    live, total, peak = {}, 0, 0
+    ends: dict[int, int] = {}  # of what is live: first address -> the one behind the last
+    starts: list[int] = []  # sorted
+    total = peak = 0
     for _, address, size in sorted(events):
-        total -= live.pop(address, 0)
+        stop = address + max(size, 1)
+        at = bisect_left(starts, address)
+        if at and ends[starts[at - 1]] > address:
+            at -= 1
+        while at < len(starts) and starts[at] < stop:  # freed now, or it was before, unseen
+            start = starts.pop(at)
+            total -= ends.pop(start) - start
         if size > 0:
-            live[address] = size
+            starts.insert(at, address)
+            ends[address] = stop
             total += size
             peak = max(peak, total)
     return peak
@@ -152,14 +162,14 @@ def _measure_rank(rank: int, world: int, store: str, dtype: torch.dtype, results
 
 
 def measure(world: int, dtype: torch.dtype) -> int:
-    """measured_peak of the small model's stage-1 step, of the rank that takes most of `world` processes."""
+    """measured_peak of the small model's stage-1 step over `world` processes: the least of their upper bounds."""
     if world == 1:
         return measured_peak(make_stage(1, SMALL), None, dtype, 1)
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(_measure_rank, (world, f"{folder}/store", dtype, results), nprocs=world)
-    return max(results.get() for _ in range(world))
+    return min(results.get() for _ in range(world))
 
 
 def check(world: int, dtype: torch.dtype) -> dict[str, float]:
