@@ -4,6 +4,7 @@
 #
 #   bash speedrun.sh            run, or go on where an interrupted run stopped; a finished one shows its table again
 #   bash speedrun.sh --fresh    delete an earlier speedrun's artifacts and start over
+#   bash speedrun.sh d32        instead the seed workflow, nanochat-d32 to 21 B, on GPUs: dev/speedrun_d32.sh says more
 #
 # Settings, from the environment: NANOCHAT_BASE_DIR (where artifacts go, default ~/.cache/nanochat), DATA (default
 # embedded; see `python -m nanochat.dataset --help`), DEPTH, VOCAB, BASE_STEPS, STAGE1_STEPS, UNFROZEN_STEPS.
@@ -11,6 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 case "${1:-}" in
     ""|--fresh) ;;
+    d32) shift; exec bash dev/speedrun_d32.sh "$@" ;;
     *) sed -n '2,/^set /p' "$0" | sed '$d' | cut -c3-; [ "$1" = --help ] || [ "$1" = -h ] && exit 0; exit 2 ;;
 esac
 source dev/setup.sh

@@ -4,14 +4,16 @@ Mixtures of sources: what --data says, parsed and prepared.
     --data embedded                                                          one source
     --data "0.8*karpathy/climbmix-400b-shuffle,0.2*chat.jsonl"               two, by their share of the tokens
 
-A source is what nanochat.dataset takes: text or conversations, on the disk or on the hub.
+A source is what nanochat.dataset takes: text or conversations, on the disk or on the hub. To fetch and convert beforehand:
+
+    python -m nanochat.mixture --data "..."
 """
 import argparse
 import math
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat.common import print0
+from nanochat.common import cli, print0
 from nanochat.dataset import DEFAULT_HUB, EMBEDDED, prepare
 from nanochat.shards import list_shards, shard_kind
 
@@ -80,3 +82,15 @@ def default_data(device: str) -> str:
     data = DEFAULT_MIXTURE if device == "cuda" else EMBEDDED
     print0(f"--data is not given: {data}" + (f" (without a network: --data {EMBEDDED})" if device == "cuda" else ""))
     return data
+
+
+@cli
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description="Make the sources of a mixture ready for training.")
+    add_data_arg(p, DEFAULT_MIXTURE)
+    for part in prepare_mixture(p.parse_args(argv).data):
+        print0(f"{'conversations' if is_chat(part) else 'text'} in {part.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# The seed workflow on a machine with GPUs: nanochat-d32 -> hybrid of 6.45 B -> 9.3 B -> 21 B, trained at each size.
+# download -> surgery -> stage 1 -> grow to 2560 -> stage 2 -> grow to 4096 -> stage 3
+#
+#   bash speedrun.sh d32            run, or go on where an interrupted run stopped, on all GPUs of this machine
+#   bash speedrun.sh d32 --check    look for GPUs, disk and network, and do nothing else
+#
+# Settings, from the environment: NANOCHAT_BASE_DIR (where artifacts go, default ~/.cache/nanochat), DATA (what
+# fractal_train --data takes; default: its own), STAGE1_STEPS, STAGE2_STEPS, STAGE3_STEPS (default: what the first plan's 40,
+# 50 and 100 hours on 8 H100s buy at 40 % MFU, see `python -m scripts.plan`), BATCH (rows per GPU and pass, 8),
+# TOTAL_BATCH (tokens per step, 524288), RUN (a name for wandb), TRAIN_FLAGS (more flags of fractal_train, such as --compile).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case "${1:-}" in
+    ""|--check) ;;
+    *) sed -n '2,/^set /p' "$0" | sed '$d' | cut -c3-; [ "$1" = --help ] || [ "$1" = -h ] && exit 0; exit 2 ;;
+esac
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+STAGE1_STEPS=${STAGE1_STEPS:-25000} STAGE2_STEPS=${STAGE2_STEPS:-17500} STAGE3_STEPS=${STAGE3_STEPS:-14900}
+BATCH=${BATCH:-8} TOTAL_BATCH=${TOTAL_BATCH:-524288} DATA=${DATA:-} TRAIN_FLAGS=${TRAIN_FLAGS:-}
+
+base="$NANOCHAT_BASE_DIR/chatsft_checkpoints/d32"
+work="$NANOCHAT_BASE_DIR/speedrun_d32"
+hybrid="$NANOCHAT_BASE_DIR/hybrid_checkpoints" trained="$NANOCHAT_BASE_DIR/fractal_checkpoints"
+
+# --- what it needs, looked at before anything is done. The probes can be replaced, for tests and odd machines.
+DISK_GB=660  # in all: tests/test_plan.py holds it against what the code computes
+GPU_PROBE=${GPU_PROBE:-"nvidia-smi --list-gpus"}                              # prints a line for each GPU
+DISK_PROBE=${DISK_PROBE:-"df --output=avail --block-size=1000000000"}         # + folder: its last line is the free GB
+USED_PROBE=${USED_PROBE:-"du --summarize --total --block-size=1000000000"}    # + folders: its last line is what they hold
+NETWORK_PROBE=${NETWORK_PROBE:-"curl --silent --head --max-time 15 --output /dev/null ${HF_ENDPOINT:-https://huggingface.co}"}
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+gpus=$( ($GPU_PROBE) 2>/dev/null | grep -c . || true)
+[ "$gpus" -gt 0 ] || fail "no GPU is found ('$GPU_PROBE' lists none), and this trains models of 6 to 21 billion parameters:" \
+    "run it on a machine with GPUs (8 of 80 GB are what it is made for); bash speedrun.sh without d32 runs anywhere"
+folder="$NANOCHAT_BASE_DIR"
+while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
+free=$($DISK_PROBE "$folder" | tail -n 1 | awk '{print $1}')
+used=$( ($USED_PROBE "$base" "$hybrid"/d32_* "$trained"/d32_* "$NANOCHAT_BASE_DIR/base_data" || true) 2>/dev/null |
+    tail -n 1 | awk '{print $1}')
+needed=$((DISK_GB - ${used:-0}))
+[ "$free" -ge "$needed" ] || fail "$NANOCHAT_BASE_DIR has $free GB of free disk, and $needed GB more are needed ($DISK_GB in" \
+    "all, ${used:-0} are there): free some, or set NANOCHAT_BASE_DIR to a larger disk"
+missing="" download=""
+ls "$base"/model_*.pt >/dev/null 2>&1 || { missing="nanochat-d32" download="--download"; }
+[ -e "$work/data.done" ] || [[ "$DATA" = *embedded* ]] || missing="${missing:+$missing and }the training data"
+if [ -n "$missing" ] && ! $NETWORK_PROBE >/dev/null 2>&1; then
+    fail "$missing must be downloaded, and the hub does not answer: connect this machine, or put the model into $base and" \
+        "set DATA=embedded (or a file) for the data"
+fi
+echo "$gpus GPUs, $free GB of free disk ($needed needed)${missing:+, to download: $missing}"
+[ "${1:-}" != --check ] || exit 0
+
+# --- the work
+source dev/setup.sh
+mkdir -p "$work"
+settings="DATA=$DATA STAGE1_STEPS=$STAGE1_STEPS STAGE2_STEPS=$STAGE2_STEPS STAGE3_STEPS=$STAGE3_STEPS TOTAL_BATCH=$TOTAL_BATCH"
+if [ -e "$work/settings" ] && [ "$(cat "$work/settings")" != "$settings" ]; then
+    fail "an earlier run in $NANOCHAT_BASE_DIR had other settings ($(cat "$work/settings")): use those, or another" \
+        "NANOCHAT_BASE_DIR"
+fi
+echo "$settings" > "$work/settings"
+
+run() {  # NAME COMMAND...: a part that is done is not done again
+    local name="$1"
+    shift
+    if [ ! -e "$work/$name.done" ]; then
+        echo
+        echo "== $name: $*"
+        "$@"
+        touch "$work/$name.done"
+    fi
+}
+train() {  # STAGE WIDTH STEPS: resumes from its newest checkpoint; what only a resume needs is deleted behind it
+    run "stage$1" torchrun --standalone --nproc_per_node="$gpus" -m scripts.fractal_train \
+        --checkpoint "$hybrid/d32_$2/model.pt" --stage "$1" --expanded-dim="$2" --matryoshka --sample-dim \
+        --num-iterations "$3" --device-batch-size "$BATCH" --total-batch-size "$TOTAL_BATCH" --gradient-checkpointing \
+        --keep-checkpoints 1 ${DATA:+--data "$DATA"} ${RUN:+--run "$RUN-stage$1"} $TRAIN_FLAGS
+    rm -rf "$trained/d32_$2"/step_*
+}
+run data python -m nanochat.mixture ${DATA:+--data "$DATA"}
+run surgery python -m scripts.surgery --new-dim=2048 $download
+train 1 2048 "$STAGE1_STEPS"
+run grow2560 python -m scripts.surgery --expand-from=2048 --new-dim=2560 --dtype auto
+train 2 2560 "$STAGE2_STEPS"
+run grow4096 python -m scripts.surgery --expand-from=2560 --new-dim=4096 --dtype auto
+train 3 4096 "$STAGE3_STEPS"
+cat <<END
+
+Models: $trained/d32_2048, d32_2560, d32_4096
+To go on:  source ${VIRTUAL_ENV}/bin/activate
+           python -m scripts.fractal_eval --checkpoint $trained/d32_4096
+           python -m scripts.chat_cli --checkpoint $trained/d32_4096 --mode normal
+END

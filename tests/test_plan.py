@@ -1,0 +1,152 @@
+"""The plan's tables against hand counts, the memory trace against real allocations, and the seed workflow's early checks."""
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import load_json
+from nanochat.hybrid_gpt import HybridConfig, stays_fp32
+from scripts import plan, plan_memory, plan_tables
+
+ROOT = Path(__file__).parent.parent
+TINY = HybridConfig(sequence_len=64, vocab_size=320, n_layer=2, n_head=4, n_kv_head=4, n_embd=64, d_ref=64, top_width=64,
+                    mamba_headdim=16, mamba_d_state=16, mamba_group_width=48)
+GROWN = HybridConfig(sequence_len=64, vocab_size=320, n_layer=2, n_head=5, n_kv_head=5, n_embd=80, d_ref=64, top_width=80,
+                     mamba_headdim=16, mamba_d_state=16, mamba_group_width=48)
+
+
+@pytest.fixture(scope="module")
+def d32():
+    return plan_tables.d32_stages()
+
+
+def test_sizes_are_the_designs(d32):
+    counts = [plan_tables.parameters(s) for s in d32]
+    assert [round((c["total"] - c["control"]) / 1e9, 3) for c in counts] == [6.450, 9.323, 20.966]
+    assert [round(c["base"] / 1e9, 3) for c in counts] == [1.879, 2.852, 6.979]
+    # what is old: the base in stage 1; in 2 and 3 all that was there before, but for the Mamba mixers, and the predictor
+    assert counts[0]["trained"] == counts[0]["mamba"] + counts[0]["value_embeds"] + sum(
+        p.numel() for p in d32[0].model.gate.parameters())
+    for stage, before in zip(d32[1:], d32):
+        names = dict(stage.model.named_parameters())
+        new = sum(p.numel() if ".mamba." in n or n.startswith("gate.") else p.numel() - q.numel()
+                  for n, p in names.items() if not n.startswith("predictor.")
+                  for q in (dict(before.model.named_parameters())[n],))
+        assert plan_tables.parameters(stage)["trained"] == new
+
+
+def test_memory_that_stays(d32):
+    """Bytes by the rule: 4 for a master and a gradient, 4 for Muon's momentum, 8 for AdamW's two moments."""
+    stage = d32[0]
+    m = plan_tables.memory(stage)
+    trained = [(n, p.numel()) for n, p in stage.model.named_parameters() if p.requires_grad]
+    matrices = sum(n for name, n in trained if re.search(r"\.(mlp|mamba)\.(c_fc|c_proj|in_proj|out_proj)\.weight", name))
+    assert m["gradients"] == 4 * sum(n for _, n in trained)
+    assert m["optimizer"] == 8 * sum(n for _, n in trained) - 4 * matrices
+    assert 0.20 < 1 - m["optimizer"] / m["optimizer_if_all_trained"] < 0.30  # the hand count; the seed's claim is 50 %
+
+
+def test_modes_and_their_shares(d32):
+    modes = plan_tables.modes(d32[2], 1024)
+    assert list(modes) == ["ghost", "whisper", "normal", "think", "god"] and modes["god"]["share"] == 1
+    full = d32[2].model.cost(context=1024)
+    assert modes["ghost"]["flops"] == modes["ghost"]["dynamic"] + full["static"].flops + full["head"].flops
+
+
+def test_flops_of_a_step():
+    """All trained: three times the forward pass. Frozen parts: less by their weights' gradients alone."""
+    model, context = plan_tables.make_stage(1, TINY).model, (TINY.sequence_len + 1) / 2
+    forward = {k: c.flops for k, c in model.cost(context=context).items()}
+    frozen = plan_tables.step_flops(model)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    whole = plan_tables.step_flops(model)
+    assert whole["teacher"] == pytest.approx(3 * sum(forward.values()))
+    narrow = 3 * (model.cost("ghost", context)["dynamic"].flops + forward["static"]) + 4 * forward["head"]
+    assert narrow < whole["student"] < whole["teacher"] + forward["head"]
+    base = 2 * sum(p.numel() for n, p in model.named_parameters() if re.search(r"attn\.c_|lm_head|h\.[02]\.mlp", n))
+    assert whole["teacher"] - frozen["teacher"] == pytest.approx(base, rel=0.01)  # the value embeddings' gates are trained
+
+
+def test_the_command(d32, tmp_path, capsys):
+    result = plan.main([*"--gpus 16 --price 2 --mfu 0.5 --tokens 1e9 --json".split(), str(tmp_path / "p.json")])
+    assert load_json(tmp_path / "p.json") == json.loads(json.dumps(result))
+    out = capsys.readouterr().out
+    assert "6.4515" in out and "first plan" in out
+    for number, (hours, dollars) in plan_tables.FIRST_PLAN.items():
+        t = result[f"stage {number}"]["training"]
+        per_second = 16 * 989e12 * 0.5 / t["flops_per_token"]
+        assert t["hours"] == pytest.approx(1e9 / per_second / 3600)
+        assert t["dollars"] == pytest.approx(t["hours"] * 16 * 2)
+        assert t["tokens_in_first_hours"] == pytest.approx(hours * 3600 * per_second)
+        assert t["tokens_for_first_dollars"] == pytest.approx(dollars / 2 / 16 * 3600 * per_second)
+    for bad in (["--mfu", "1.5"], ["--gpus", "0"], ["--price", "nan"], ["--gpu", "abacus"]):
+        with pytest.raises(SystemExit) as info:
+            plan.main(bad)
+        assert info.value.code == 2
+
+
+# --- the trace
+
+@pytest.mark.parametrize("world, dtype", [(1, torch.float32), (2, torch.bfloat16)])
+def test_traced_peak_is_the_measured_one(world, dtype):
+    """A step that really runs, in one process and sharded over two, against its trace: the promise is 10 %."""
+    assert plan_memory.check(world, dtype)["ratio"] == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("stage", [plan_tables.make_stage(1, TINY), plan_tables.make_stage(2, GROWN, TINY)],
+                         ids=["stage 1", "stage 2"])
+def test_trace_of_a_sharded_step(stage):
+    trace = plan_memory.trace_step(stage, rows=2, world=8)
+    assert trace.peak == sum(trace.at_peak.values()) and not torch.distributed.is_initialized()
+    # a rank holds an eighth of every sharded parameter, rounded up to whole rows, and what stays fp32 whole
+    small = sum(4 * p.numel() for n, p in stage.model.named_parameters() if stays_fp32(n))
+    total = 4 * sum(p.numel() for p in stage.model.parameters())
+    assert (total - small) / 8 + small <= trace.at_peak["parameters"] < 1.3 * ((total - small) / 8 + small)
+    assert trace.at_peak["optimizer"] > 0 and trace.at_peak["activations"] > 0
+    # twice the rows: more activations, and not one byte more of state
+    again = plan_tables.make_stage(stage.number, stage.model.config, TINY if stage.boxes else None)
+    again = plan_memory.trace_step(again, rows=4, world=8)
+    assert again.at_peak["parameters"] == trace.at_peak["parameters"]
+    assert again.at_peak["optimizer"] == trace.at_peak["optimizer"] and again.peak > trace.peak
+
+
+# --- bash speedrun.sh d32
+
+def speedrun(tmp_path, flag="--check", **env):
+    """Its checks: never without a flag, or a check that wrongly passes would install and download."""
+    base = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "not/there"), "GPU_PROBE": "seq 8",
+            "DISK_PROBE": "echo 5000", "NETWORK_PROBE": "true"}
+    return subprocess.run(["bash", ROOT / "speedrun.sh", "d32", flag], env=base | env, capture_output=True, text=True)
+
+
+def test_d32_stops_early_and_says_why(tmp_path):
+    for env, words in [({"GPU_PROBE": "no-such-command"}, "no GPU is found"), ({"GPU_PROBE": "true"}, "no GPU is found"),
+                       ({"DISK_PROBE": "echo 12"}, r"has 12 GB of free disk, and 660 GB more are needed"),
+                       ({"NETWORK_PROBE": "false"}, "nanochat-d32 and the training data must be downloaded"),
+                       ({"NETWORK_PROBE": "false", "DATA": "embedded"}, "nanochat-d32 must be downloaded")]:
+        done = speedrun(tmp_path, **env)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
+        assert re.search(f"^error: .*{words}", done.stderr)
+    assert not (tmp_path / "not").exists()
+
+
+def test_d32_asks_for_no_more_than_it_needs(tmp_path):
+    done = speedrun(tmp_path)
+    assert done.returncode == 0 and done.stdout == \
+        "8 GPUs, 5000 GB of free disk (660 needed), to download: nanochat-d32 and the training data\n"
+    base = tmp_path / "not/there/chatsft_checkpoints/d32"
+    base.mkdir(parents=True)
+    (base / "model_000650.pt").write_bytes(b"")
+    done = speedrun(tmp_path, NETWORK_PROBE="false", DATA="embedded", USED_PROBE="echo 400", DISK_PROBE="echo 261")
+    assert done.returncode == 0 and "(260 needed)" in done.stdout and "download" not in done.stdout
+    assert speedrun(tmp_path, "--typo").returncode == 2
+
+
+def test_d32_knows_its_disk(d32):
+    text = (ROOT / "dev/speedrun_d32.sh").read_text()
+    assert 1 < int(re.search(r"^DISK_GB=(\d+)", text, re.M)[1]) * 1e9 / plan_tables.disk(d32) < 1.1
