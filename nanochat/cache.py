@@ -68,6 +68,7 @@ class KVView:
         self.owner, self.k, self.v = owner, k, v
         self.width = None   # query heads of every position so far, while that is one number
         self.heads = None   # (rows, length) int16 once it is not
+        self._uniform = None  # `width` at the checkpoint
 
     def mark(self, heads: int | torch.Tensor) -> None:
         """Says how many query heads the tokens announced by `begin` have: an int, or (B, T)."""
@@ -112,10 +113,15 @@ class KVView:
         self.width = None
 
     def checkpoint(self, window: int) -> None:
-        """Nothing to do: positions ahead of the cache's are never read."""
+        """Keys and values need none: positions ahead of the cache's are never read."""
+        self._uniform = self.width if self.heads is None else None
+
+    def drop_checkpoint(self) -> None:
+        self._uniform = None
 
     def rollback(self, block, keep: torch.Tensor) -> None:
-        """Likewise."""
+        if self.heads is not None and self._uniform is not None and not bool(keep.any()):
+            self.width, self.heads = self._uniform, None  # what had other heads is gone
 
     def keep(self, rows: list[int]) -> None:
         if rows == sorted(set(rows)):  # rows move to the front of their own memory, and only what they hold
@@ -154,6 +160,9 @@ class MambaView:
 
     def checkpoint(self, window: int) -> None:
         self.state.checkpoint(window)
+
+    def drop_checkpoint(self) -> None:
+        self.state.drop_checkpoint()
 
     def rollback(self, block, keep: torch.Tensor) -> None:
         block.mamba.rollback(self.state, keep)
@@ -244,10 +253,28 @@ class MatryoshkaKVCache:
         self.blocks[i](x, level, self.chunk.rope(self._rope), self.model.value(i, idx), self.views[i], active=False)
         self.chunk, self.behind[i] = now, 0
 
+    def reopen(self) -> tuple[int, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Announces the deferred tokens once more, which must all have exited at one block, to be updated after all by it and
+        those behind it: that block, the tokens (B, T), their states (B, T, D), and their rotary tables as in `begin`.
+        """
+        late = max(self.behind)
+        first = self.behind.index(late)
+        assert late and set(self.behind[first:]) == {late} and not any(self.behind[:first]), "exits at several blocks"
+        idx, x = (torch.cat([entry[j] for entry in self._late], 1)[:, -late:] for j in (0, 1))
+        self.chunk = Chunk([p - late for p in self.pos], late, None, self.device)
+        self._forget()
+        return first, idx, x, self.chunk.rope(self._rope)
+
     def settle(self) -> None:
         """Every block catches up."""
         for i in range(len(self.behind)):
             self.catch_up(i)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nobody owes anything."""
+        self.behind, self._late = [0] * len(self.behind), []
 
     # --- going back
 
@@ -258,6 +285,12 @@ class MatryoshkaKVCache:
         for view in self.views:
             view.checkpoint(window)
 
+    def drop_checkpoint(self) -> None:
+        """Ends the recording, and with it the window."""
+        self._saved_pos = None
+        for view in self.views:
+            view.drop_checkpoint()
+
     def truncate(self, pos: list[int]) -> None:
         """
         Takes each row back to an earlier position, as if it had never gone on. Mamba states go back to the checkpoint
@@ -267,7 +300,10 @@ class MatryoshkaKVCache:
         if not len(keep) == len(pos) == len(self.pos) or min(keep) < 0 or any(p > at for p, at in zip(pos, self.pos)):
             raise ValueError(f"rows at {self.pos} cannot go back to {pos}: a position must lie between the last "
                              f"checkpoint ({self._saved_pos}) and the row's own")
-        self.settle()
+        if any(keep):
+            self.settle()
+        else:  # the checkpoint had settled what was owed before
+            self._forget()
         index = torch.tensor(keep, device=self.device)
         for block, view in zip(self.blocks, self.views):
             view.rollback(block, index)

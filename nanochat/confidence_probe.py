@@ -15,7 +15,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.matryoshka import cost_table, norm
+from nanochat.common import Progress
+from nanochat.matryoshka import cost_table, norm, token_flops
+
+NEW_LEVEL_LOGIT = -10.0  # of a level that growth appends, against that of the old full width: no plan of before changes
 
 
 class ConfidenceGate(nn.Module):
@@ -52,7 +55,8 @@ class ConfidenceGate(nn.Module):
 
 class LayerDimPredictor(nn.Module):
     """
-    Also called difficulty estimator: from the embeddings of a prompt and a compute budget, a level for every block.
+    Also called difficulty estimator: from the embeddings of a prompt and a compute budget, a logit for every level of every
+    block: log-odds, or the value in nats of running the block at that level, as it was trained (loss_eval.py).
     Each token's features are pooled by mean and by maximum. Its parameters stay fp32; out is (n_block, n_levels, hidden) so
     that growth appends levels behind the old ones. The budget enters as bumps along (0, 1]: as a single number beside so
     many features it was ignored. Logits are capped: they ran into the hundreds, where no draw shows another level
@@ -93,6 +97,16 @@ class LayerDimPredictor(nn.Module):
         logits = torch.einsum("bh,nlh->bnl", hidden, self.out_weight)
         return self.CAP * torch.tanh(logits / self.CAP) + self.out_bias  # not capped: growth puts new levels far below
 
+    @torch.no_grad()
+    def admit_new_levels(self) -> None:
+        """
+        Training begins: levels that growth put far below the others become as good as the one before each, or a
+        regression of values would take a thousand steps to see them. Ties go to the narrower level, so plans stay.
+        """
+        for level in range(1, self.out_bias.size(1)):
+            far = self.out_bias[:, level] <= self.out_bias[:, level - 1] + NEW_LEVEL_LOGIT
+            self.out_bias[:, level] = torch.where(far, self.out_bias[:, level - 1], self.out_bias[:, level])
+
     def flops(self, tokens: int) -> int:
         """Of one prompt."""
         return 2 * (tokens * self.c_in.weight.numel() + self.c_mid.weight.numel() + self.out_weight.numel())
@@ -106,13 +120,36 @@ def gumbel_choice(logits: torch.Tensor, temperature: float, generator: torch.Gen
     share one noise: one narrow block among many can spoil an answer, so that independent draws would hardly ever show what
     a wide plan is worth. rank, world: these rows are every world-th of a batch whose noise all ranks draw alike.
     """
+    soft = ((logits + _gumbel(logits, generator, rank, world)) / temperature).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), soft.size(-1)).to(soft)
+    return hard + (soft - soft.detach())
+
+
+def _gumbel(logits: torch.Tensor, generator: torch.Generator | None, rank: int, world: int) -> torch.Tensor:
+    """Gumbel noise for logits (B, n_block, n_levels), in half the rows the same for all blocks; see gumbel_choice."""
     rows = len(logits) * world
     uniform = torch.rand(rows, *logits.shape[1:], generator=generator)[rank::world]
     alike = torch.rand(rows, 1, 1, generator=generator)[rank::world] < 0.5
     uniform = torch.where(alike, uniform[:, :1], uniform).to(logits.device).clamp(1e-9, 1 - 1e-7)
-    soft = ((logits - (-uniform.log()).log()) / temperature).softmax(-1)
-    hard = F.one_hot(soft.argmax(-1), soft.size(-1)).to(soft)
-    return hard + (soft - soft.detach())
+    return -(-uniform.log()).log()
+
+
+def random_price(u: torch.Tensor) -> torch.Tensor:
+    """u in (0, 1) -> a price of compute from 0.01 to 3 nats per whole model, log-uniform if u is uniform."""
+    return 10 ** (2.5 * u - 2)
+
+
+@torch.no_grad()
+def draw_plans(logits: torch.Tensor, shares: torch.Tensor, generator: torch.Generator | None = None, rank: int = 0,
+               world: int = 1) -> torch.Tensor:
+    """
+    Plans to learn values from, indices of levels (B, n_block): near the best at a price of compute that each row draws for
+    itself; in a quarter of the rows at random. logits (B, n_block, n_levels) in nats, shares (n_block, n_levels). rank,
+    world: see gumbel_choice.
+    """
+    price, blind = torch.rand(2, len(logits) * world, 1, 1, generator=generator)[:, rank::world].to(logits.device)
+    wish = (logits - random_price(price) * shares.to(logits)) / 0.3
+    return (torch.where(blind < 0.25, 0, wish) + _gumbel(logits, generator, rank, world)).argmax(-1)
 
 
 def gumbel_temperature(step: int, total: int) -> float:
@@ -187,6 +224,15 @@ class Controls:
                 watch(i, states, exits)
             return self(rows, i, states, exits, levels, acts)
         return self.model.hidden(x, widths, control=decide), widths
+
+    def flops(self, at: torch.Tensor, per_point: float | None = None) -> torch.Tensor:
+        """
+        Of each of the N tokens at mask `at` (B, T) in the last parallel pass, (N,) fp64; per_point: of a decision (None: the
+        gate's).
+        """
+        ran = torch.stack([torch.as_tensor(w).expand(at.shape) for w in self.ran], -1)[at]
+        place = torch.arange(1, at.size(1) + 1).expand(at.shape)[at]
+        return token_flops(self.model, self.exits[at], ran, place, self.model.gate.flops if per_point is None else per_point)
 
     def __call__(self, rows, i, x, exits, levels, acts=None):
         """
@@ -350,24 +396,56 @@ def fixed_sequence(losses: torch.Tensor, delta: float, epsilon: float) -> tuple[
     return len(values) - 1, values
 
 
-def calibrate(losses_at, delta: float, epsilon: float,
-              thresholds: tuple[float, ...] = THRESHOLDS) -> tuple[dict, torch.Tensor]:
+def pareto_path(points: list[tuple[tuple[float, float], float, float]]) -> list[tuple[float, float]]:
     """
-    Chooses an exit threshold by Learn-then-Test. losses_at(threshold) -> losses (n,) in [0, 1] of n held-out sequences.
-    Returns the evidence: 'exit_threshold' (None where not even the strictest passes), 'delta', 'epsilon', 'sequences',
-    'thresholds', 'observed' (mean losses) and 'p_values' of those tested; and the losses (thresholds, n) of all that were
-    looked at, up to one whose mean is three times delta.
+    The order in which to test settings (budget, exit threshold), from (setting, loss, cost) of each on tuning data that the
+    test does not use: those that no cheaper one equals in loss, the dearest first, behind full compute (Pareto testing,
+    Laufer-Goldshtein et al. 2022, arXiv 2210.07913).
+    """
+    front, least = [], math.inf
+    for setting, loss, _ in sorted(points, key=lambda p: (p[2], p[1])):
+        if loss < least and setting != (1.0, 1.0):
+            front.append(setting)
+            least = loss
+    return [(1.0, 1.0), *reversed(front)]
+
+
+def tune(model, run, most: float) -> list[tuple[float, float]]:
+    """
+    The path of settings to test, from tuning data: run(budget, exit threshold) -> (losses (n,), FLOPs) of them. A budget's
+    thresholds are lowered until the mean loss exceeds `most`.
+    """
+    points, budgets = [], budget_grid(model)[1::2]
+    progress = Progress("tuning", len(budgets) * len(THRESHOLDS[::2]), "settings")
+    for budget in reversed(budgets):
+        for threshold in THRESHOLDS[::2]:
+            losses, flops = run(budget, threshold)
+            points.append(((budget, threshold), float(losses.mean()), flops))
+            progress.step()
+            if points[-1][1] > most:
+                break
+    return pareto_path(points)
+
+
+def calibrate(losses_at, delta: float, epsilon: float, settings: list[tuple[float, float]]) -> tuple[dict, torch.Tensor]:
+    """
+    Chooses a setting (budget, exit threshold) by Learn-then-Test from a list whose order does not depend on these data, the
+    strictest first. losses_at(budget, threshold) -> losses (n,) in [0, 1] of n held-out sequences. Returns the evidence:
+    'exit_threshold' and 'budget' (None where not even the strictest passes), 'delta', 'epsilon', 'sequences', 'settings',
+    'observed' (mean losses) and 'p_values' of those tested; and the losses (settings, n) of all that were looked at, up
+    to one whose mean is three times delta.
     """
     sequences_needed(delta, epsilon)  # refuses values out of range before anything is computed
     losses = []
-    for t in thresholds:
-        losses.append(losses_at(t).double())
+    for setting in settings:
+        losses.append(losses_at(*setting).double())
         if losses[-1].mean() > 3 * delta:
             break
     losses = torch.stack(losses)
     at, values = fixed_sequence(losses, delta, epsilon)
-    return {"exit_threshold": thresholds[at] if at >= 0 else None, "delta": delta, "epsilon": epsilon,
-            "sequences": losses.size(1), "thresholds": list(thresholds[:len(values)]), "p_values": values,
+    budget, threshold = settings[at] if at >= 0 else (None, None)
+    return {"exit_threshold": threshold, "budget": budget, "delta": delta, "epsilon": epsilon,
+            "sequences": losses.size(1), "settings": [list(s) for s in settings[:len(values)]], "p_values": values,
             "observed": losses.mean(1)[:len(values)].tolist()}, losses
 
 

@@ -11,12 +11,13 @@ import torch
 
 from nanochat.native import library
 
-# Rows (batch x tokens) up to which the operators are used. At 16, on two Zen 4 cores, they are 1.4x (bf16) to 2x (fp32)
-# as fast as torch's products; beyond 32 those gain.
-MAX_ROWS = 32
+# Rows (batch x tokens) up to which the operators are used. On two Zen 4 cores they are 1.5x (bf16) to 2x (fp32) as fast as
+# torch's products at 16, level (bf16) to 1.5x at 48; beyond, torch's gain.
+MAX_ROWS = 48
 
 # Numbers of pointers, sizes and floats that each takes, in this order.
-_OPERATORS = {"norm": (2, 2, 2), "linear": (3, 5, 0), "mlp": (4, 6, 2), "attention": (15, 13, 2), "mamba": (13, 11, 1)}
+_OPERATORS = {"norm": (2, 2, 2), "linear": (3, 5, 0), "mlp": (4, 6, 2), "attention": (15, 13, 2), "mamba": (15, 12, 1),
+              "replay": (8, 9, 0)}
 _SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -87,22 +88,37 @@ def attention(attn, x: torch.Tensor, d: int, rope, value: torch.Tensor | None, v
     return y
 
 
-def mamba(mixer, x: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor, write_only: bool,
+def mamba(mixer, x: torch.Tensor, before, after, write_only: bool,
           eps: float) -> tuple[torch.Tensor | None, torch.Tensor]:
     """
-    One token per row of mamba_block.Mamba2, x (B, 1, d_model): advances conv_state (B, conv_dim, d_conv), channels
-    contiguous, and ssm_state in place, and gives the output (None if write_only) and in_proj's [z,] x, B, C, dt (B, width).
+    mamba_block.Mamba2 for x (B, T, d_model): gives the output (None if write_only) and in_proj's [z,] x, B, C, dt
+    (B, T, width), and writes the states behind these tokens into `after`. before, after: (conv_state (B, conv_dim, d_conv),
+    channels contiguous, ssm_state), of like strides; they may be the same tensors. Each token's result is the same to
+    the last bit however the tokens are cut into calls.
     """
-    y, flat = None if write_only else torch.empty_like(x), _rows(x)
+    y, flat = None if write_only else x.new_empty(x.shape), _rows(x)
     weight = mixer.in_proj.weight[mixer.d_inner:] if write_only else mixer.in_proj.weight
-    projected = x.new_empty(flat.size(0), weight.size(0))
+    projected = x.new_empty(*x.shape[:2], weight.size(0))
     small = (mixer.conv1d.weight, mixer.conv1d.bias, mixer.dt_bias, mixer.A_log, mixer.D, mixer.norm.weight)
     _operator("mamba", x.dtype)(
         flat.data_ptr(), weight.data_ptr(), mixer.out_proj.weight.data_ptr(), _pointer(y), projected.data_ptr(),
-        conv_state.data_ptr(), ssm_state.data_ptr(), *(p.data_ptr() for p in small),
-        flat.size(0), mixer.d_model, mixer.d_inner, mixer.nheads, mixer.d_state, mixer.ngroups, mixer.d_conv,
-        flat.stride(0), conv_state.stride(0), ssm_state.stride(0), write_only, eps)
+        *(state[i].data_ptr() for i in (0, 1) for state in (before, after)), *(p.data_ptr() for p in small),
+        flat.size(0), x.size(1), mixer.d_model, mixer.d_inner, mixer.nheads, mixer.d_state, mixer.ngroups, mixer.d_conv,
+        flat.stride(0), after[0].stride(0), after[1].stride(0), write_only, eps)
     return y, projected
+
+
+def replay(mixer, xBC_dt: torch.Tensor, state, counts: torch.Tensor) -> None:
+    """
+    Advances state (see `mamba`) in place by the first counts[row] (B,) int64 of the tokens whose in_proj outputs are
+    xBC_dt (B, T, x + B + C + dt).
+    """
+    xBC_dt, (conv, ssm) = xBC_dt.contiguous(), state
+    small = (mixer.conv1d.weight, mixer.conv1d.bias, mixer.dt_bias, mixer.A_log)
+    _operator("replay", xBC_dt.dtype)(
+        xBC_dt.data_ptr(), conv.data_ptr(), ssm.data_ptr(), counts.data_ptr(), *(p.data_ptr() for p in small),
+        *xBC_dt.shape[:2], mixer.d_inner, mixer.nheads, mixer.d_state, mixer.ngroups, mixer.d_conv, conv.stride(0),
+        ssm.stride(0))
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

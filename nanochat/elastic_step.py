@@ -35,27 +35,32 @@ def random_splits(rows: int, T: int, generator: torch.Generator) -> torch.Tensor
 class ElasticStep:
     """
     Called with (step, x, y, share) for each pass: backpropagates, and returns its part of the step's losses. recipe: None
-    (the full pass alone), one of RECIPES, or 'controls' (predictor and gate alone). sample: sampled widths and exits instead
-    of each level in turn. levels: the widths that students learn (None: all). steps: of the run.
+    (the full pass alone), one of RECIPES, or 'controls value' or 'controls gumbel' (predictor and gate alone; how the
+    predictor learns). sample: sampled widths and exits instead of each level in turn. levels: the widths that students learn
+    (None: all). steps: of the run. draft_exit: also a student of full width that leaves after so many blocks.
     """
     def __init__(self, model, seed: int, steps: int, recipe: str | None, sample: bool = True, levels=None,
-                 student_every: int = 4, energy_weight: float = 1.0):
+                 student_every: int = 4, energy_weight: float = 1.0, draft_exit: int | None = None):
         self.model, self.seed, self.steps, self.recipe, self.sample = model, seed, steps, recipe, sample
         self.levels, self.every, self.energy_weight = levels or model.config.levels, student_every, energy_weight
-        self._flops = {}
+        self.draft_exit, self._flops = draft_exit, {}
 
     def __call__(self, step: int, x: torch.Tensor, y: torch.Tensor, share: Share) -> dict:
         model, config, (rows, T), (rank, world) = self.model, self.model.config, x.shape, get_rank()
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         full = self.flops(None) * x.numel()
+        drafts = [] if self.draft_exit is None else [Student(exits=torch.full((rows, T), self.draft_exit), label="draft")]
         if self.recipe is None:
-            return {"loss": matryoshka_backward(model, x, y, [], share.tokens)["loss"] * share.tokens, "flops": full}
+            losses = matryoshka_backward(model, x, y, drafts, share.tokens)
+            part = self.draft_exit / config.n_block if drafts else 0
+            return {k: v * share.tokens for k, v in losses.items()} | {"flops": full * (1 + part)}
         splits = random_splits(rows * world, T, g)
-        if self.recipe == "controls":
+        if self.recipe.startswith("controls"):
+            temperature = gumbel_temperature(step, self.steps) if self.recipe == "controls gumbel" else None
             mine = splits[rank::world]
             behind = (y.cpu() >= 0) & (torch.arange(T) >= mine[:, None] - 1)
             at = tokens_of_rows(behind, CONTROL_TOKENS, g, rank, world)
-            losses = controls_backward(model, x, y, mine, g, gumbel_temperature(step, self.steps), scale=share.passes,
+            losses = controls_backward(model, x, y, mine, g, temperature, scale=share.passes,
                                        energy_weight=self.energy_weight, at=at, rank=rank, world=world, reduce=all_sum)
             return {k: v * share.passes for k, v in losses.items()}
         if self.recipe == "single":
@@ -64,7 +69,7 @@ class ElasticStep:
             (loss * share.tokens).backward()
             return {"loss": loss.detach() * share.tokens, "flops": self.flops(student.widths) * x.numel()}
         at = tokens_of_rows(y >= 0, GATE_TOKENS, g, rank, world)
-        students = self._students(step, rows, T, splits, g, rank, world)
+        students = self._students(step, rows, T, splits, g, rank, world) + drafts
         by_width = {}
         losses = matryoshka_backward(model, x, y, students, share.tokens, at, share.gate, by_width)
         weights = {"gate": share.gate}

@@ -6,6 +6,7 @@ independent: each has its own length, width, exit depth, seed and end.
     for token in engine.generate(prompt_ids, max_tokens=100, mode="normal", temperature=0.8, top_k=50, seed=1): ...
     for pairs in engine.stream([prompt_a, prompt_b], max_tokens=100, mode=["think", "ghost"]): ...
     for token in engine.generate(prompt_ids, max_tokens=100, mode="auto", budget=0.6): ...
+    for token in engine.generate(prompt_ids, max_tokens=100, mode="auto", lossless=True): ...    # see speculative.py
     engine.traces[0].flops(model)     # what the last answer cost
 """
 import codecs
@@ -19,6 +20,8 @@ from nanochat.common import get_compute_dtype
 from nanochat.confidence_probe import Controls, check_trained, pad
 from nanochat.hybrid_gpt import stays_fp32
 from nanochat.matryoshka import token_flops
+from nanochat.sampling import check_settings, draw_tokens
+from nanochat.speculative import MAX_DRAFT, Draft, Record, Round, Speculation, candidates, round_flops
 
 
 def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None) -> None:
@@ -36,45 +39,26 @@ def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None)
     model.to(device_type).eval()
 
 
-@torch.no_grad()
-def sample(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None,
-           generator: torch.Generator | None) -> torch.Tensor:
-    """
-    logits (B, V) -> token ids (B,). temperature 0 is greedy. top_k keeps the k likeliest, top_p the smallest set of
-    likeliest tokens that holds that much probability. ValueError for values out of range.
-    """
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature} must be >= 0, top-k {top_k} >= 1, top-p {top_p} in (0, 1]")
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p is not None:
-        ranked, order = logits.sort(dim=-1, descending=True)
-        probs = ranked.softmax(-1)
-        beyond = probs.cumsum(-1) - probs >= top_p  # the mass before this token suffices already
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
 @dataclass
 class Trace:
     """
     How one answer was computed: the prompt's length and widths per block, and for each generated token the depth and the
-    widths per block at which it was computed. auto: the controls decided, whose own compute counts too.
+    widths per block at which it was computed. auto: the controls decided, whose own compute counts too. Lossless decoding
+    also has the rounds in which the tokens behind the first came, and notes on where drafting did not pay.
     """
     prompt_tokens: int
     widths: tuple[int, ...]
     auto: bool = False
     steps: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def flops(self, model) -> dict[str, float]:
         """
         FLOPs of 'prompt' (all of it but its last token, and the predictor), of 'generated' (the passes that the generated
         tokens came from: the prompt's last token, then all generated ones but the last), memory writes of exited tokens and
-        control networks included, and of the same passes at 'full_prompt' and 'full_generated' compute.
+        control networks included, and of the same passes at 'full_prompt' and 'full_generated' compute. Drafts, and what was
+        checked in vain, count as generated.
         """
         n, m, config = self.prompt_tokens - 1, len(self.steps), model.config
         context = torch.arange(1, n + m + 1)
@@ -83,18 +67,23 @@ class Trace:
         full = token_flops(model, torch.full_like(depth, config.n_block), torch.full_like(widths, config.top_width), context)
         prompt = token_flops(model, depth[:n], widths[:n], context[:n])
         generated = token_flops(model, depth[n:], widths[n:], context[n:], model.gate.flops if self.auto else 0)
+        spent = float(generated.sum())
+        if self.rounds:
+            spent = float(generated[0]) + round_flops(model, self.rounds, self.prompt_tokens)
         return {"prompt": float(prompt.sum()) + (model.predictor.flops(self.prompt_tokens) if self.auto else 0),
-                "generated": float(generated.sum()),
+                "generated": spent,
                 "full_prompt": float(full[:n].sum()), "full_generated": float(full[n:].sum())}
 
 
 class Engine:
     """
     Decodes with a model and a tokenizer. `model` should have been through `prepare_inference`. calibration: what
-    fractal_eval --calibrate stored beside it, for mode 'auto'. traces: one Trace for each row of the last call.
+    fractal_eval --calibrate stored beside it, for mode 'auto'. traces: one Trace for each row of the last call; speculation:
+    its Speculation, if it was lossless. record: what lossless decoding has learned about drafts so far.
     """
     def __init__(self, model, tokenizer, calibration: dict | None = None):
         self.model, self.tokenizer, self.calibration, self.traces = model, tokenizer, calibration, []
+        self.speculation, self.record = None, Record(model)
 
     def generate(self, prompt: list[int], max_tokens: int, **options) -> Iterator[int]:
         """The tokens that follow one prompt, one by one; options as in `stream`."""
@@ -112,7 +101,8 @@ class Engine:
     @torch.inference_mode()
     def stream(self, prompts: list[list[int]], max_tokens: int, mode=None, depth=None, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Iterable[int] = (),
-               overflow: str = "stop", budget: float | None = None, control=None) -> Iterator[list[tuple[int, int]]]:
+               overflow: str = "stop", budget: float | None = None, control=None, lossless: bool = False,
+               draft: int | None = None) -> Iterator[list[tuple[int, int]]]:
         """
         Yields, a step at a time, [(row, token id), ...] of the rows that are still going; a row ends after max_tokens
         or before a token in `stop`.
@@ -124,6 +114,9 @@ class Engine:
         seed: row r draws with seed + r, so a row does not depend on the others.
         overflow: where a row fills the model's context, 'stop' ends it, 'slide' goes on from the last half of it.
         budget: for 'auto', see Controls. control: Controls to use instead of the model's own.
+        lossless: full width and depth decide every token, in fp32 the same tokens (greedy) or the same distribution as
+        without mode and depth; these now say how tokens are drafted, the same for all rows (None or 'auto': chosen by
+        what it has brought). draft: tokens drafted at a time, 1 to 8 (None: as many as pay, or none).
         ValueError for an empty prompt, one that leaves no room, or options out of range.
         """
         model, n = self.model, len(prompts)
@@ -139,6 +132,13 @@ class Engine:
         for d in depths:
             if d is not None and not 1 <= d <= n_block:
                 raise ValueError(f"depth {d} is out of range: this model has {n_block} blocks")
+        if lossless:
+            drafts = self._drafts(modes, depths, budget, control, draft)
+            modes, depths = [None] * n, [None] * n
+        elif draft is not None:
+            raise ValueError("a draft length has an effect with lossless decoding only: ask for that too, or leave it away")
+        settings = temperature, top_k, top_p
+        check_settings(*settings)
         if "auto" in modes:
             if modes != ["auto"] * n:
                 raise ValueError("mode 'auto' cannot be mixed with others in one batch: run those prompts apart")
@@ -160,6 +160,9 @@ class Engine:
         if max_tokens < 1:
             return
         self.traces = [Trace(len(p), tuple(w), control is not None) for p, w in zip(prompts, widths.tolist())]
+        self.speculation = None
+        if lossless:
+            self.speculation = Speculation(self.record, drafts, draft, settings, self.traces)
         live = list(range(n))
         cache = MatryoshkaKVCache(model, n, length)
 
@@ -184,25 +187,31 @@ class Engine:
             return h
         if control is None and exits.min() == n_block:
             h = self._prefill(text, widths, cache)
-            for trace in self.traces:
+            for trace in self.traces if not lossless else ():  # whose steps are appended as its tokens come
                 trace.steps.append((n_block, trace.widths))
         else:
             if max(map(len, text)) > 1:
                 self._prefill([t[:-1] for t in text], widths, cache)
             h = step()
+        chosen = [[t] for t in draw_tokens(model.logits(h), settings, generators)]
         while live:
-            tokens = self._sample(model.logits(h), [generators[r] for r in live], temperature, top_k, top_p)
-            stay, pairs = [], []
-            for i, (r, token) in enumerate(zip(live, tokens)):
-                if token in stop:
-                    continue
-                pairs.append((r, token))
-                text[r].append(token)
-                left[r] -= 1
-                if left[r] > 0 and (cache.pos[i] < length or overflow == "slide"):
-                    stay.append(i)
-            if pairs:
-                yield pairs
+            stay, kept = [], [[] for _ in live]
+            for i, (r, tokens) in enumerate(zip(live, chosen)):
+                for token in tokens:
+                    if lossless:
+                        self.traces[r].steps.append((n_block, self.traces[r].widths))
+                    if token in stop:
+                        break
+                    kept[i].append(token)
+                    text[r].append(token)
+                    left[r] -= 1
+                    if left[r] == 0:
+                        break
+                else:
+                    if cache.pos[i] < length or overflow == "slide":
+                        stay.append(i)
+            for j in range(max(map(len, kept))):
+                yield [(r, tokens[j]) for r, tokens in zip(live, kept) if j < len(tokens)]
             if not stay:
                 return
             if len(stay) < len(live):
@@ -219,7 +228,12 @@ class Engine:
                 rows = [i for i in range(len(live)) if i not in full]
                 cache.keep(rows + list(range(len(live), len(live) + len(full))))
                 live = [live[i] for i in rows + full]
-            h = step()
+            own = [generators[r] for r in live]
+            if lossless:
+                last = torch.tensor([text[r][-1:] for r in live], device=device)
+                chosen = self.speculation(cache, live, last, own, max(left[r] for r in live))
+            else:
+                chosen = [[t] for t in draw_tokens(model.logits(step()), settings, own)]
 
     def _prefill(self, texts: list[list[int]], widths, cache) -> torch.Tensor:
         """Runs the texts, of different lengths, into the cache; the hidden state (B, D) of each one's last token."""
@@ -228,10 +242,15 @@ class Engine:
         h = self.model.hidden(idx, widths, cache=cache, lengths=lengths if min(lengths) < idx.size(1) else None)
         return h[torch.arange(len(texts)), torch.tensor(lengths) - 1]
 
-    def _sample(self, logits, generators, temperature, top_k, top_p) -> list[int]:
-        if temperature == 0:
-            return sample(logits, 0, top_k, top_p, None).tolist()
-        return [int(sample(logits[i:i + 1], temperature, top_k, top_p, g)) for i, g in enumerate(generators)]
+    def _drafts(self, modes: list, depths: list, budget, control, draft) -> list[Draft]:
+        """The drafts to choose from. ValueError for what does not go with lossless decoding."""
+        if budget is not None or control is not None:
+            raise ValueError("lossless decoding always decides at full compute: leave the budget and the controls away")
+        if len(set(modes)) > 1 or len(set(depths)) > 1:
+            raise ValueError("the rows of a batch are drafted alike: give one mode and one depth")
+        if draft is not None and not 1 <= draft <= MAX_DRAFT:
+            raise ValueError(f"a draft of {draft} tokens is out of range: give 1 to {MAX_DRAFT}")
+        return candidates(self.model.config, modes[0], depths[0])
 
     def stream_text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Token ids -> pieces of text as soon as they are whole characters."""

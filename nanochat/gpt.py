@@ -230,6 +230,17 @@ class GPT(nn.Module):
             cache.advance()
         return norm(x, c.d_ref, c.norm_eps)
 
+    def finish(self, cache) -> torch.Tensor:
+        """
+        Takes back the exit of the tokens that the cache has deferred: the blocks that they left out update them after all,
+        at full width, in one pass -> their normed final hidden states (B, T, D). They must have exited at one block.
+        """
+        c = self.config
+        first, idx, x, rope = cache.reopen()
+        for i, block in enumerate(self.transformer.h[first:], first):
+            x = block(x, c.top_width, rope, self.value(i, idx), cache[i])
+        return norm(x, c.d_ref, c.norm_eps)
+
     def embed(self, table: nn.Embedding, idx: torch.Tensor) -> torch.Tensor:
         return table(idx).to(self.compute_dtype)
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanochat.checkpoint_manager import build_model, optimizer_names
+from nanochat.confidence_probe import NEW_LEVEL_LOGIT
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
 from nanochat.mamba_block import Mamba2
 from nanochat.streaming import Leaf, State, seed_of, seeded, shapes_of
 
 INITS = ("lora", "copy", "svd", "zero")
 CHUNK = 1 << 22  # entries that are drawn at a time: temporaries stay in cache
-NEW_LEVEL_LOGIT = -10.0  # of a new level, against that of the old full width: no plan of before changes
 
 READERS = (".c_q.weight", ".c_k.weight", ".c_v.weight", ".c_fc.weight", ".in_proj.weight", "lm_head.weight")
 # The controls' hidden layers, whose sizes may depend on the width too. Their new units are always drawn.

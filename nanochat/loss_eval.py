@@ -12,10 +12,19 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from nanochat.confidence_probe import Controls, calibrated_thresholds, gumbel_choice, level_shares, predict
+from nanochat.confidence_probe import (
+    Controls,
+    calibrated_thresholds,
+    draw_plans,
+    gumbel_choice,
+    level_shares,
+    predict,
+    random_price,
+)
 from nanochat.matryoshka import cost_table, energy, expand_from, norm, sample_exits, sample_levels, sliced_linear, soft_masks
 
 CHUNK = 256  # tokens; their fp32 logits for 8192 classes are 8 MB, which stays in a CPU's last-level cache
+ANSWER = 3  # tokens, for which the predictor's values of levels hold
 GATE_TOKENS = 16  # of a row, that the gate learns from in a pass (`python -m scripts.bench train` says what that costs)
 
 
@@ -273,19 +282,47 @@ def predictor_loss(model, x, y, starts, budget: float, temperature: float, gener
     return loss, energy(choice, table, fixed).mean()
 
 
-def controls_backward(model, x, y, starts, generator: torch.Generator, temperature: float, tokens: int = 256,
+def value_loss(model, x, y, starts, full: torch.Tensor, generator, rank: int = 0,
+               world: int = 1) -> tuple[torch.Tensor, dict]:
+    """
+    The predictor's other loss, by regression: what does a plan do to an answer? Each row runs a plan of draw_plans, sliced
+    and without gradient; the mean KL of its distributions behind the prompt to those at full compute, for an answer of
+    ANSWER tokens, is what the plan costs. The values given up, top - chosen summed over blocks, are fitted to it on the
+    scale of x / (1 + |x|), since what is spoiled cannot be spoiled much more. Unlike straight-through gradients this sees
+    what several narrow blocks do together, at a third of the compute (dev/LOG.md). Energy enters by the price at which
+    plans are drawn here and chosen later. full (B, T, D): normed final states at full compute; the rest as in
+    predictor_loss. Returns the loss and the means 'kl' and 'share' (of full compute) of the plans.
+    """
+    c, (B, T) = model.config, x.shape
+    t = torch.arange(T, device=x.device)
+    starts = starts.to(x.device)[:, None]
+    (shares, floor), levels = level_shares(model), torch.tensor(c.levels)
+    any_budget = torch.rand(B * world, generator=generator)[rank::world]  # it plays no part: only prices do
+    logits = predict(model, x, t < starts, any_budget)
+    at = draw_plans(logits, shares, generator, rank, world)
+    answer = torch.where(t >= starts - 1, y, -1)
+    with torch.no_grad():
+        kl, _ = model(x, answer, widths=levels[at.cpu()], teacher=full, reduction="none")
+        kl = ANSWER * kl.view(B, T).sum(1) / (answer >= 0).sum(1).clamp(min=1)
+    lost = (logits[..., -1] - logits.gather(2, at.unsqueeze(2))[..., 0]).sum(1)
+    loss = F.mse_loss(F.softsign(lost), F.softsign(kl))
+    share = shares.gather(1, at.T.cpu()).sum(0).mean() + floor - shares[:, 0].sum()
+    return loss, {"kl": kl.mean(), "share": share}
+
+
+def controls_backward(model, x, y, starts, generator: torch.Generator, temperature: float | None = None, tokens: int = 256,
                       scale: float = 1.0, energy_weight: float = 1.0, at: torch.Tensor | None = None, rank: int = 0,
                       world: int = 1, reduce=lambda t: t) -> dict[str, torch.Tensor]:
     """
-    One step of training the controls alone, on the model as it is: backward of the shadow loss and of the predictor's
-    cross-entropy + energy_weight * |cost - budget|, each multiplied by `scale`. x, y (B, T), starts (B,): see
-    predictor_loss.
+    One step of training the controls alone, on the model as it is: backward of the shadow loss and of the predictor's loss,
+    each multiplied by `scale`. The predictor learns by value_loss, or, given a Gumbel `temperature`, by predictor_loss:
+    cross-entropy + energy_weight * |cost - budget|. x, y (B, T), starts (B,): see there.
 
     The gate learns on the passes that it will see: widths planned by the predictor for a random budget, exits by the gate
     itself at a random threshold. A token's own loss at full depth is that at full width too, since that is the answer it
     would replace. `tokens`: how many supervised tokens it looks at (or `at`: their flat indices). Returns 'loss' (the
-    cross-entropy of the sampled plan), 'budget' and 'share' (asked and expected cost), 'gate' and 'brier'; with several
-    ranks (rank, world; reduce sums a tensor over them) the parts of these that add up over the ranks.
+    predictor's), 'share' (the mean cost of its plans), 'kl' or 'budget', 'gate' and 'brier'; with several ranks (rank,
+    world; reduce sums a tensor over them) the parts of these that add up over the ranks.
     """
     c, T = model.config, x.size(1)
     _, floor = level_shares(model)
@@ -295,19 +332,23 @@ def controls_backward(model, x, y, starts, generator: torch.Generator, temperatu
     if at is None:
         at = some_tokens(behind & (y.cpu() >= 0), tokens, generator)
 
-    shadow, control = Shadow(at), Controls(model, budget, **calibrated_thresholds(leave, c))
+    prices = [[budget, random_price(torch.tensor(draw[2])).item()]] if temperature is None else []
+    shadow, control = Shadow(at), Controls(model, budget, **calibrated_thresholds(leave, c), calibration={"prices": prices})
     with torch.no_grad():
-        full = model.hidden(x).flatten(0, 1)[at.to(x.device)]
+        full = model.hidden(x)
         control.parallel(x, [row[:n] for row, n in zip(x.tolist(), starts.tolist())], behind, shadow)
-    gate, seen = gate_loss(model, shadow, full, y.flatten()[at.to(y.device)])
+    gate, seen = gate_loss(model, shadow, full.flatten(0, 1)[at.to(x.device)], y.flatten()[at.to(y.device)])
     own = torch.tensor([len(seen["label"]), int((behind & (y.cpu() >= 0)).sum())], dtype=torch.float64)
     of_pairs, of_tokens = (own / reduce(own.clone()).clamp(min=1)).tolist()
     (gate * (scale * of_pairs)).backward()
-
+    out = {"gate": gate.detach() * of_pairs, "brier": torch.tensor(seen["brier"] * of_pairs)}
+    if temperature is None:
+        loss, seen = value_loss(model, x, y, starts, full, generator, rank, world)
+        (loss * (scale / world)).backward()
+        return {"loss": loss.detach() / world, **out, **{k: v / world for k, v in seen.items()}}
     budget = floor + (1 - floor) * draw[2]
     loss, share = predictor_loss(model, x, y, starts, budget, temperature, generator, rank, world)
     off = reduce(share.detach() / world) - budget  # of all ranks' rows together
     ((loss * of_tokens + energy_weight * off.sign() * share / world) * scale).backward()
-    return {"loss": loss.detach() * of_tokens, "gate": gate.detach() * of_pairs,
-            "brier": torch.tensor(seen["brier"] * of_pairs), "share": share.detach() / world,
+    return {"loss": loss.detach() * of_tokens, **out, "share": share.detach() / world,
             "budget": torch.tensor(budget / world)}

@@ -34,11 +34,15 @@ class MambaState:
     dt), so that `Mamba2.rollback(state, keep)` can restore the checkpoint and replay the first `keep` tokens without
     in_proj. At most `window` tokens per row may follow a checkpoint; `drop_checkpoint()` ends the recording.
     Copies and selections carry the two states only, never a checkpoint.
+
+    A checkpoint copies nothing: the state has two memories, and the first forward behind a checkpoint goes on in the other
+    one. So conv_state and ssm_state are other tensors after a checkpoint or a rollback.
     """
 
     def __init__(self, conv_state: torch.Tensor, ssm_state: torch.Tensor):
         self.conv_state, self.ssm_state = conv_state, ssm_state
-        self._saved = None      # the states at the checkpoint
+        self._saved = None      # the states at the checkpoint, once a token has followed it
+        self._spare = None      # the other memory, until then
         self._window = 0
         self._record = None     # list of (xBC (B,T,conv_dim), dt (B,T,nheads), lengths or None) since the checkpoint
 
@@ -74,19 +78,39 @@ class MambaState:
         self.drop_checkpoint()
         return self
 
-    @torch.no_grad()
     def checkpoint(self, window: int = WINDOW) -> None:
         """Remembers the present state and starts recording, for at most `window` tokens per row."""
-        if self._saved is None:
-            self._saved = self.clone()
-        else:
-            self._saved.conv_state.copy_(self.conv_state)
-            self._saved.ssm_state.copy_(self.ssm_state)
+        self._release()
         self._window, self._record = window, []
 
     def drop_checkpoint(self) -> None:
         """Forgets the checkpoint and stops recording."""
-        self._saved, self._record = None, None
+        self._release()
+        self._record = None
+
+    def _release(self) -> None:
+        if self._saved is not None:
+            self._spare, self._saved = self._saved, None
+
+    def _go_on(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Called by whoever is about to write: the states (conv, ssm) to go on from. What conv_state and ssm_state are now must
+        be written anew; without a fresh checkpoint they are the same tensors.
+        """
+        before = self.conv_state, self.ssm_state
+        if self._record is None or self._saved is not None:
+            return before
+        if self._spare is None:
+            self._spare = torch.empty_like(self.conv_state.mT).mT, torch.empty_like(self.ssm_state)
+        self._saved, (self.conv_state, self.ssm_state), self._spare = before, self._spare, None
+        return before
+
+    def _go_on_copying(self) -> None:
+        """Likewise, for writers in place."""
+        before = self._go_on()
+        if before[0] is not self.conv_state:
+            self.conv_state.copy_(before[0])
+            self.ssm_state.copy_(before[1])
 
     @property
     def recorded(self) -> int:
@@ -254,8 +278,14 @@ class Mamba2(nn.Module):
             self._check_lengths(lengths, b, T)
         if self.form == "cuda" and self.forced and device != "cuda":
             raise ValueError(f"backend='cuda' computes on a CUDA device, but u is on {u.device}: move it, or choose 'auto'")
-        if T == 1 and state is not None and lengths is None and not autocast and not torch.is_grad_enabled():
-            return self._step(u, state, write_only)
+        if state is not None and lengths is None and not autocast and not torch.is_grad_enabled():
+            if self._compiled(u, state.conv_state):
+                y, projected = cpu_decode.mamba(self, u, state._go_on(), (state.conv_state, state.ssm_state), write_only,
+                                                NORM_EPS)
+                self._record_step(state, projected)
+                return y
+            if T == 1:
+                return self._step(u, state, write_only)
         if write_only:
             with torch.no_grad():
                 xBC_dt = F.linear(u, self.in_proj.weight[self.d_inner:].to(u.dtype))  # the rows of x, B, C, dt
@@ -310,7 +340,7 @@ class Mamba2(nn.Module):
             self._store(state, zxbcdt[..., self.d_inner:], last, lengths)
         return y
 
-    def _advance(self, xBC_dt, state, lengths, record=True):
+    def _advance(self, xBC_dt, state, lengths):
         """Writes tokens into the state from their in_proj outputs (B,T,x+B+C+dt) alone."""
         if self._on_kernels(xBC_dt):
             xBC, dt_raw = xBC_dt.split([self.conv_dim, self.nheads], -1)
@@ -319,7 +349,7 @@ class Mamba2(nn.Module):
             _, _, _, last = kernels.mixer(
                 xBC_dt, self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight,
                 state.conv_state, state.ssm_state, lengths, self.ngroups, self._chunk(xBC_dt.device), True, False)
-        self._store(state, xBC_dt, last, lengths, record)
+        self._store(state, xBC_dt, last, lengths)
 
     def _cuda_scan(self, xBC, dt_raw, conv_state, ssm_state, lengths):
         b, T, _ = xBC.shape
@@ -333,29 +363,25 @@ class Mamba2(nn.Module):
         return y.reshape(b, T, self.d_inner), last
 
     @torch.no_grad()
-    def _store(self, state, xBC_dt, last, lengths, record=True):
+    def _store(self, state, xBC_dt, last, lengths):
         """Puts what follows these tokens into the state: the last d_conv inputs of each row's conv, and the scan's end."""
         K, T = self.d_conv, xBC_dt.size(1)
         xBC, dt_raw = xBC_dt.detach().split([self.conv_dim, self.nheads], -1)
-        window = state.conv_state.mT                                            # (B,K,conv_dim)
+        window = state._go_on()[0].mT                                           # (B,K,conv_dim)
         if lengths is not None:
             at = lengths[:, None] + torch.arange(K, device=xBC.device)          # row b ends at its own token
             tail = torch.cat([window, xBC], 1).gather(1, at.unsqueeze(-1).expand(-1, -1, self.conv_dim))
         else:
             tail = xBC[:, -K:] if T >= K else torch.cat([window[:, T:], xBC], 1)
-        window.copy_(tail)
+        state.conv_state.mT.copy_(tail)
         state.ssm_state.copy_(last.detach())
-        if record and state._record is not None:
+        if state._record is not None:
             state._record.append((xBC.clone(), dt_raw.clone(), None if lengths is None else lengths.clone()))
 
     def _step(self, u, state, write_only):
         """forward for one token without gradients: (B,1,d_model) -> the same or None."""
+        state._go_on_copying()
         conv, S, G, dtype = state.conv_state, state.ssm_state, self.ngroups, u.dtype
-        fp32 = self.A_log.dtype == self.conv1d.weight.dtype == torch.float32  # FP32_PARAMS were not cast with the rest
-        if fp32 and conv.stride(1) == 1 and cpu_decode.serves(u, self.in_proj.weight, self.out_proj.weight):
-            y, projected = cpu_decode.mamba(self, u, conv, S, write_only, NORM_EPS)
-            self._record_step(state, projected)
-            return y
         W = self.in_proj.weight[self.d_inner if write_only else 0:]
         projected = F.linear(u[:, 0], W.to(dtype))
         xBC, dt_raw = projected[:, -self.conv_dim - self.nheads:-self.nheads], projected[:, -self.nheads:]
@@ -372,7 +398,7 @@ class Mamba2(nn.Module):
             heads, B, C = S.view(len(u), G, -1, self.d_state), B.view(len(u), G, 1, -1), C.view(len(u), G, 1, -1)
             heads.addcmul_((x * dt.unsqueeze(-1)).view(len(u), G, -1, 1), B.to(S.dtype))
             y = (C.to(S.dtype) @ heads.mT).view_as(x) + x * self.D.unsqueeze(-1)
-        self._record_step(state, projected)
+        self._record_step(state, projected[:, None])
         if write_only:
             return None
         y = self.norm(y.view(len(u), self.d_inner), projected[:, :self.d_inner]).to(dtype)
@@ -380,8 +406,13 @@ class Mamba2(nn.Module):
 
     def _record_step(self, state, projected):
         if state._record is not None:
-            xBC_dt = projected[:, None, -self.conv_dim - self.nheads:].clone()
+            xBC_dt = projected[..., -self.conv_dim - self.nheads:].clone()
             state._record.append((*xBC_dt.split([self.conv_dim, self.nheads], -1), None))
+
+    def _compiled(self, u, conv) -> bool:
+        """Whether the compiled operators take these activations and this conv_state."""
+        fp32 = self.A_log.dtype == self.conv1d.weight.dtype == torch.float32  # FP32_PARAMS were not cast with the rest
+        return fp32 and conv.stride(1) == 1 and cpu_decode.serves(u, self.in_proj.weight, self.out_proj.weight)
 
     @torch.no_grad()
     def rollback(self, state: MambaState, keep: int | torch.Tensor) -> None:
@@ -400,15 +431,24 @@ class Mamba2(nn.Module):
         if keep.shape != (b,) or (device.type == "cpu" and bool(((keep < 0) | (keep > total)).any())):
             raise ValueError(f"keep must hold, for each of {b} rows, 0 to the number of tokens since the checkpoint "
                              f"({total.tolist()}), got {keep.tolist()}")
-        state.conv_state.copy_(state._saved.conv_state)
-        state.ssm_state.copy_(state._saved.ssm_state)
-        if record:
-            xBC_dt = torch.cat([torch.cat([xBC, dt], -1) for xBC, dt, _ in record], 1)   # (B,W,x+B+C+dt)
-            if any(n is not None for _, _, n in record):
-                # Ragged calls left gaps: bring each row's valid tokens to its front, in order.
-                valid = torch.cat([torch.arange(xBC.size(1), device=device).expand(b, -1)
-                                   < (xBC.size(1) if n is None else n[:, None]) for xBC, _, n in record], 1)
-                order = valid.logical_not().long().argsort(dim=1, stable=True)
-                xBC_dt = xBC_dt.gather(1, order.unsqueeze(-1).expand_as(xBC_dt))
-            self._advance(xBC_dt, state, keep, record=False)
+        if state._saved is not None and (device.type != "cpu" or bool((keep < total).any())):
+            state._spare = state.conv_state, state.ssm_state
+            (state.conv_state, state.ssm_state), state._saved, state._record = state._saved, None, None
+            self._replay(state, record, keep)
         state.checkpoint(state._window)
+
+    def _replay(self, state, record, keep) -> None:
+        device = keep.device
+        if device.type == "cpu" and not bool(keep.any()):
+            return
+        xBC_dt = torch.cat([torch.cat([xBC, dt], -1) for xBC, dt, _ in record], 1)       # (B,W,x+B+C+dt)
+        if any(n is not None for _, _, n in record):
+            # Ragged calls left gaps: bring each row's valid tokens to its front, in order.
+            valid = torch.cat([torch.arange(xBC.size(1), device=device).expand(state.batch, -1)
+                               < (xBC.size(1) if n is None else n[:, None]) for xBC, _, n in record], 1)
+            order = valid.logical_not().long().argsort(dim=1, stable=True)
+            xBC_dt = xBC_dt.gather(1, order.unsqueeze(-1).expand_as(xBC_dt))
+        if self._compiled(xBC_dt[:1, :1], state.conv_state):
+            cpu_decode.replay(self, xBC_dt, (state.conv_state, state.ssm_state), keep)
+        else:
+            self._advance(xBC_dt, state, keep)

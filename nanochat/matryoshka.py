@@ -440,7 +440,7 @@ def token_flops(model, depth: torch.Tensor, widths: torch.Tensor, context: torch
     base, one = (torch.tensor([[[sum(c.flops for c in block_cost(block, d, n, exited)) for exited in (False, True)]
                                 for d in levels] for block in blocks], dtype=torch.float64) for n in (0, 1))
     b = torch.arange(len(blocks))
-    at = b, torch.searchsorted(torch.tensor(levels), widths), (b >= depth[:, None]).long()
+    at = b, torch.searchsorted(torch.tensor(levels), widths.contiguous()), (b >= depth[:, None]).long()
     spent = base[at] + (one - base)[at] * context[:, None]  # a token's cost is linear in its context
     points = (depth[:, None] >= torch.tensor(model.config.exit_points)).sum(1) if per_point else 0
     return spent.sum(1) + model.cost()["head"].flops + per_point * points

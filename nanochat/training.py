@@ -328,6 +328,7 @@ class Run:
         self.loader = everyone(loader.state())
         return figures | {"steps": total}
 
+    @torch.no_grad()
     def _diagnosis(self, model, step, loss, norm) -> str:
         bad = [name for name, p in model.named_parameters() if p.grad is not None and not local(p.grad).isfinite().all()]
         largest, name = max((float(local(p).abs().max()), name) for name, p in model.named_parameters() if local(p).numel())

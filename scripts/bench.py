@@ -4,6 +4,7 @@ Speeds of the parts, each against what it should be compared with, measured in t
     python -m scripts.bench mamba     the Mamba-2 mixer against transformers, longer rows, memory speed
     python -m scripts.bench base      a base training step against a plain PyTorch loop
     python -m scripts.bench decode    decoding against a plain loop, memory speed, and each mode against its bytes
+    python -m scripts.bench speculative    lossless decoding against plain decoding
     python -m scripts.bench train     random-width training against its FLOPs
 
 Ratios are medians over rounds; in each round every candidate runs once, so that a busy machine slows all of them alike.
@@ -12,7 +13,7 @@ import argparse
 
 from nanochat.checkpoint_manager import save_json
 from nanochat.common import cli
-from scripts import bench_mamba, bench_model
+from scripts import bench_mamba, bench_model, bench_speculative
 
 # name: (help, adds the options, runs and returns the result)
 SUBCOMMANDS = {
@@ -21,6 +22,8 @@ SUBCOMMANDS = {
     "base": ("a base training step against a plain PyTorch loop", bench_model.add_base, bench_model.bench_base),
     "decode": ("decoding against a plain loop, against memory speed, modes against their bytes",
                bench_model.add_decode, bench_model.bench_decode),
+    "speculative": ("lossless decoding against plain decoding", bench_speculative.add_speculative,
+                    bench_speculative.bench_speculative),
     "train": ("random-width training against its FLOPs", bench_model.add_train, bench_model.bench_train),
 }
 

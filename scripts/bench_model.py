@@ -17,6 +17,7 @@ from nanochat.hybrid_gpt import HybridConfig
 from nanochat.loss_eval import GATE_TOKENS, matryoshka_backward, sample_students
 from nanochat.matryoshka import sample_levels
 from nanochat.optim import Muon, setup_optimizers
+from scripts.bench_stages import bench_sharded, bench_stages
 from scripts.bench_tools import machine, median_ratio, paired_times
 from scripts.plain_gpt import PlainGPT
 
@@ -170,8 +171,9 @@ def add_decode(parser) -> None:
 
 def bench_train(args) -> dict:
     """
-    Random-level passes of a hybrid d512 x 8+8, 8 x 512 tokens, against full passes and what their FLOPs predict; and what
-    the gate adds to a training step of a full and a sampled pass.
+    Random-level passes of a hybrid d512 x 8+8, 8 x 512 tokens, against full passes and what their FLOPs predict; what
+    the gate adds to a training step of a full and a sampled pass; a stage-1 step and a student pass against their FLOPs;
+    and the optimizer shared out among two processes.
     """
     model = make(HybridConfig.from_base(GPTConfig.from_depth(8, 8192, 512)))
     dtype = model.compute_dtype = get_compute_dtype("cpu")
@@ -206,7 +208,9 @@ def bench_train(args) -> dict:
                          max(3, args.rounds // 3))
     gate = median_ratio(steps, "with", "without") - 1
     print(f"the gate's shadow loss on {len(at)} tokens adds {gate:.1%} to a training step")
-    return {"machine": machine("cpu"), "random_level_time_over_flops": measured / predicted, "time_ratio": measured,
+    stages = bench_stages(model, max(3, args.rounds // 3))
+    return {"machine": machine("cpu"), "stages": stages, "sharded_optimizer": bench_sharded(max(3, args.rounds // 3)),
+            "random_level_time_over_flops": measured / predicted, "time_ratio": measured,
             "gate_share_of_step": gate, "flops_ratio": predicted,
             "full_tok_per_s": x.numel() / statistics.median(times["full"])}
 

@@ -4,15 +4,18 @@ Completes text or chats, streaming, at a chosen mode.
     python -m scripts.chat_cli --checkpoint ~/.cache/nanochat/fractal_checkpoints/d4_256_unfrozen \
         -p "def read(" --mode normal
     python -m scripts.chat_cli --checkpoint ... --chat
+    python -m scripts.chat_cli --checkpoint ... -p "def read(" --lossless --temperature 0 --trace
 """
 import argparse
 import sys
 import time
+from collections import Counter
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import autodetect_device_type, cli
 from nanochat.confidence_probe import Controls, check_trained
 from nanochat.engine import Engine, prepare_inference
+from nanochat.speculative import candidates
 
 DEPTH_COLOURS = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)  # of a 256-colour terminal: green, shallow, to red
 
@@ -24,9 +27,26 @@ def print_trace(trace, model) -> None:
     print(f"[widths by block: {' '.join(map(str, trace.widths))}]", file=sys.stderr)
     print("[depth of the tokens: " + ", ".join(f"{d} of {n_block} blocks {depths.count(d)}x" for d in sorted(set(depths)))
           + "]", file=sys.stderr)
+    if trace.rounds:
+        print_rounds(trace, flops)
+        return
     spent, full = (flops[f"{k}prompt"] + flops[f"{k}generated"] for k in ("", "full_"))
     print(f"[FLOPs saved: {1 - flops['generated'] / flops['full_generated']:.1%} on the generated tokens, "
           f"{1 - spent / full:.1%} with the prompt]", file=sys.stderr)
+
+
+def print_rounds(trace, flops) -> None:
+    """What the drafts of one lossless answer brought."""
+    checked = [r for r in trace.rounds if r.draft]
+    drafted, kept = (sum(r[i] for r in checked) for i in (1, 2))
+    used = Counter(r.draft for r in checked)
+    print(f"[{len(trace.steps)} tokens in {len(trace.rounds) + 1} passes: {drafted} tokens were drafted and {kept} kept"
+          + "".join(f"; {n}x after {d.depth} blocks at width {d.width}" for d, n in used.most_common(3)) + "]",
+          file=sys.stderr)
+    for note in trace.notes:
+        print(f"[{note}]", file=sys.stderr)
+    print(f"[FLOPs of the generated tokens: {flops['generated'] / flops['full_generated']:.2f} of plain decoding's]",
+          file=sys.stderr)
 
 
 @cli
@@ -42,6 +62,9 @@ def main(argv=None):
     p.add_argument("--budget", type=float, default=None,
                    help="for --mode auto: share of full compute that the widths may cost, exits not counted (default: what "
                         "the checkpoint was calibrated at)")
+    p.add_argument("--lossless", action="store_true",
+                   help="the tokens of full compute (greedy) or its distribution, faster where drafts pay: --mode then says "
+                        "how tokens are drafted (auto: by what it has brought so far)")
     p.add_argument("--trace", action="store_true",
                    help="colour each token by the depth it needed, and print the widths and the compute saved")
     p.add_argument("--max-tokens", type=int, default=200, help="tokens to generate (default: 200)")
@@ -55,7 +78,11 @@ def main(argv=None):
     model, tokenizer, info, _ = ckpt.load(args.checkpoint, device)
 
     def check(mode):  # a wrong mode is reported before anything else happens
-        if mode == "auto":
+        if args.lossless and args.budget is not None:
+            raise ValueError("--lossless always decides at full compute: drop --budget")
+        if args.lossless:
+            candidates(model.config, mode)
+        elif mode == "auto":
             check_trained(model)
             Controls(model, args.budget, calibration=info.get("calibration"))
         elif args.budget is not None:
@@ -79,7 +106,7 @@ def main(argv=None):
             nonlocal count
             for token in engine.generate(ids, args.max_tokens, mode=args.mode, temperature=args.temperature,
                                          top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=(bos, end),
-                                         budget=args.budget):
+                                         budget=args.budget, lossless=args.lossless):
                 count += 1
                 if args.trace:
                     depth = engine.traces[0].steps[count - 1][0]

@@ -21,6 +21,7 @@ import torch
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import autodetect_device_type, cli, get_compute_dtype, print0
 from nanochat.confidence_probe import (
+    THRESHOLDS,
     Controls,
     budget_grid,
     calibrate,
@@ -28,6 +29,7 @@ from nanochat.confidence_probe import (
     calibrated_thresholds,
     check_trained,
     sequences_needed,
+    tune,
 )
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
@@ -105,18 +107,20 @@ def continuations(model, tokenizer, data, n: int, length: int, batch: int, devic
 
 
 @torch.no_grad()
-def differing(model, ids: torch.Tensor, start: int, control, batch: int) -> torch.Tensor:
+def differing(model, ids: torch.Tensor, start: int, control, batch: int) -> tuple[torch.Tensor, float]:
     """
     For each sequence the share of full compute's greedy tokens (those behind `start`) that mode auto would have chosen
-    otherwise after the same text, (n,). One parallel pass decides token for token as decoding does.
+    otherwise after the same text, (n,); and the FLOPs of all these tokens. One parallel pass decides as decoding does.
     """
-    out = []
+    out, flops = [], 0.0
     for i in range(0, len(ids), batch):
         x = ids[i:i + batch, :-1]
-        h, _ = control.parallel(x, x[:, :start].tolist(), (torch.arange(x.size(1)) >= start - 1).expand(len(x), -1))
+        behind = (torch.arange(x.size(1)) >= start - 1).expand(len(x), -1)
+        h, _ = control.parallel(x, x[:, :start].tolist(), behind)
+        flops += float(control.flops(behind).sum())
         chosen = model.logits(h[:, start - 1:]).argmax(-1)
         out.append((chosen != ids[i:i + batch, start:]).double().mean(1).cpu())
-    return torch.cat(out)
+    return torch.cat(out), flops
 
 
 def calibrate_checkpoint(args, model, tokenizer, info, file, data, device) -> dict:
@@ -124,32 +128,39 @@ def calibrate_checkpoint(args, model, tokenizer, info, file, data, device) -> di
     if file.name != "model.pt":
         raise ValueError(f"{file} is a training step: calibrate an export, which has a config.json")
     check_trained(model)
-    least = sequences_needed(args.delta, args.epsilon)
-    if args.sequences < least:
-        raise ValueError(f"--sequences {args.sequences} cannot bound the risk by {args.delta} at confidence "
-                         f"{1 - args.epsilon:g}: ask for at least {least}, or a larger --delta or --epsilon")
-    budget = 1.0 if args.budget is None else args.budget
+    least, tuning = sequences_needed(args.delta, args.epsilon), args.sequences // 4 if args.budget is None else 0
+    if args.sequences - tuning < least:
+        enough = next(n for n in range(least, 2 * least) if n - (n // 4 if tuning else 0) >= least)
+        raise ValueError(f"--sequences {args.sequences} ({tuning} of them for tuning) cannot bound the risk by {args.delta} "
+                         f"at confidence {1 - args.epsilon:g}: ask for at least {enough}, or a larger --delta or --epsilon")
     prepare_inference(model, device)
     ids, start = continuations(model, tokenizer, data, args.sequences, args.new_tokens, args.device_batch_size, device)
-    prices = calibrate_prices(model, ids[:, :start].tolist(), sorted({*budget_grid(model), budget}))
+    asked = set() if args.budget is None else {args.budget}
+    prices = calibrate_prices(model, ids[:, :start].tolist(), sorted({*budget_grid(model), *asked}))
 
-    def losses_at(threshold):
+    def run(budget, threshold, rows):
         control = Controls(model, budget, **calibrated_thresholds(threshold, model.config), calibration={"prices": prices})
-        losses = differing(model, ids, start, control, args.device_batch_size)
-        print0(f"  exit threshold {threshold}: {losses.mean():.2%} of the tokens differ")
+        return differing(model, ids[rows], start, control, args.device_batch_size)
+
+    def losses_at(budget, threshold):
+        losses, _ = run(budget, threshold, slice(tuning, None))
+        print0(f"  budget {budget}, exit threshold {threshold}: {losses.mean():.2%} of the tokens differ")
         return losses
-    evidence, _ = calibrate(losses_at, args.delta, args.epsilon)
+    settings = [(args.budget, t) for t in THRESHOLDS]
+    if tuning:
+        settings = tune(model, lambda budget, threshold: run(budget, threshold, slice(tuning)), 3 * args.delta)
+    evidence, _ = calibrate(losses_at, args.delta, args.epsilon, settings)
     evidence |= {"risk": "share of greedy tokens that differ from full compute's", "new_tokens": args.new_tokens,
-                 "prompt_tokens": start, "budget": budget, "prices": prices}
+                 "prompt_tokens": start, "prices": prices}
     if evidence["exit_threshold"] is None:
         raise ValueError(f"nothing keeps the risk below {args.delta}: without any exit {evidence['observed'][0]:.1%} of the "
-                         f"tokens differ at a budget of {budget}: raise --budget or --delta, or train longer")
+                         f"tokens differ at a budget of {settings[0][0]}: raise --budget or --delta, or train longer")
     config = replace(model.config, **calibrated_thresholds(evidence["exit_threshold"], model.config))
     ckpt.save_json(info | {"config": asdict(config), "calibration": evidence}, file.parent / "config.json")
-    at = evidence["thresholds"].index(evidence["exit_threshold"])
-    print0(f"exit threshold {evidence['exit_threshold']}: with {1 - args.epsilon:.0%} confidence at most {args.delta:.0%} "
-           f"of the tokens differ; {evidence['observed'][at]:.2%} did in {args.sequences} sequences\nwrote "
-           f"{file.parent / 'config.json'}")
+    at = evidence["settings"].index([evidence["budget"], evidence["exit_threshold"]])
+    print0(f"budget {evidence['budget']}, exit threshold {evidence['exit_threshold']}: with {1 - args.epsilon:.0%} "
+           f"confidence at most {args.delta:.0%} of the tokens differ; {evidence['observed'][at]:.2%} did in "
+           f"{evidence['sequences']} sequences\nwrote {file.parent / 'config.json'}")
     return evidence
 
 
@@ -163,7 +174,8 @@ def main(argv=None):
     p.add_argument("--delta", type=float, default=0.02, help="the risk to stay below: share of tokens (default: 0.02)")
     p.add_argument("--epsilon", type=float, default=0.05, help="the chance that the promise fails (default: 0.05)")
     p.add_argument("--budget", type=float, default=None,
-                   help="share of full compute that the predictor's widths may cost, and auto's default (default: 1)")
+                   help="share of full compute that the predictor's widths may cost, and auto's default (default: tuned, "
+                        "with the threshold, on a quarter of the sequences)")
     p.add_argument("--sequences", type=int, default=256, help="held-out sequences to calibrate on (default: 256)")
     p.add_argument("--new-tokens", type=int, default=32, help="generated tokens of each (default: 32)")
     args = p.parse_args(argv)

@@ -24,6 +24,7 @@ import itertools
 from nanochat import checkpoint_manager as ckpt
 from nanochat import distributed, stages, step_checkpoint
 from nanochat.common import cli, get_base_dir, get_rank, print0
+from nanochat.confidence_probe import budget_grid, calibrate_prices
 from nanochat.dataloader import DataLoader
 from nanochat.elastic_step import RECIPES, ElasticStep
 from nanochat.loss_eval import evaluate_bpb
@@ -33,6 +34,13 @@ from nanochat.training import Run, add_training_args, derive_batch
 
 RATES = {"matrix_lr": {"matrix"}, "embedding_lr": {"embedding"}, "unembedding_lr": {"unembedding"}, "scalar_lr": {"scalar"},
          "weight_decay": {"matrix", "embedding", "unembedding"}}
+
+
+def uncalibrated(model, tokenizer, data, rows: int = 64) -> dict:
+    """What mode auto needs before any threshold is calibrated: the prices that make plans meet a budget on held-out text."""
+    T = model.config.sequence_len
+    x, _ = next(iter(DataLoader(tokenizer, data, "val", rows, T, device=model.device)))
+    return {"budget": 1.0, "prices": calibrate_prices(model, x[:, :max(1, T // 4)].tolist(), budget_grid(model))}
 
 
 def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
@@ -55,10 +63,16 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
     p.add_argument("--recipe", choices=list(RECIPES), default="both",
                    help="; ".join(f"{k}: {v}" for k, v in RECIPES.items()) + " (default: both)")
     p.add_argument("--student-every", type=int, default=4, help="of --recipe every (default: 4)")
+    p.add_argument("--draft-exit", type=int, default=None, metavar="BLOCKS",
+                   help="also teach the full width what the whole model says already after so many blocks: good drafts "
+                        "for lossless decoding")
     p.add_argument("--controls", action="store_true",
                    help="train the predictor and the gate alone, for mode auto, and leave the model as it is")
+    p.add_argument("--predictor", choices=["value", "gumbel"], default="value",
+                   help="with --controls: how the predictor learns, by regression on what plans cost, or by "
+                        "straight-through Gumbel-softmax (default: value, the better one)")
     p.add_argument("--energy-lambda", type=float, default=1.0,
-                   help="with --controls: weight of the distance between a plan's cost and its budget (default: 1)")
+                   help="with --predictor gumbel: weight of the distance between a plan's cost and its budget (default: 1)")
     p.add_argument("--export", action="store_true",
                    help="write model.pt from the run's newest checkpoint, whole or not, and train no further")
     p.add_argument("--tag", default=None, help="name of the family (default: the checkpoint's)")
@@ -66,8 +80,11 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
     args = p.parse_args(argv)
     if args.sample_dim and not args.matryoshka:
         raise ValueError("--sample-dim has no effect without --matryoshka: add it, or drop --sample-dim")
-    if args.controls and (args.matryoshka or args.unfreeze):
-        raise ValueError("--controls trains nothing but the controls: drop --matryoshka, --sample-dim and --unfreeze")
+    if args.controls and (args.matryoshka or args.unfreeze or args.draft_exit):
+        raise ValueError("--controls trains nothing but the controls: drop --matryoshka, --sample-dim, --draft-exit and "
+                         "--unfreeze")
+    if args.predictor != "value" and not args.controls:
+        raise ValueError("--predictor has no effect without --controls: add it, or drop --predictor")
     if args.recipe == "single" and args.matryoshka and not args.sample_dim:
         raise ValueError("--recipe single is one pass at sampled widths: add --sample-dim")
     if args.student_every < 1:
@@ -115,10 +132,10 @@ def say_without_effect(given: set[str], args, phase: str, groups: set[str]) -> N
     idle = {name: "nothing of its kind is trained" for name, kinds in RATES.items() if not kinds & groups}
     if phase in ("unfrozen", "controls"):
         idle["stage"] = "it is for training with a frozen part"
-    if phase != "controls":
-        idle["energy_lambda"] = "it is for --controls"
-    else:
-        idle |= {"lr_scale": "the controls have a rate of their own"}
+    if args.predictor != "gumbel":
+        idle["energy_lambda"] = "it is for --controls --predictor gumbel"
+    if phase == "controls":
+        idle["lr_scale"] = "the controls have a rate of their own"
     if not args.matryoshka:
         idle |= dict.fromkeys(("dim_levels", "recipe"), "it is for --matryoshka")
     if args.recipe != "every":
@@ -137,6 +154,9 @@ def main(argv=None):
     tokenizer, T = ckpt.load_tokenizer(file.parent, config), config.sequence_len
     phase, boxes = find_phase(args, config, info)
     levels = find_levels(args.dim_levels, config)
+    if args.draft_exit is not None and args.draft_exit not in config.exit_points:
+        raise ValueError(f"--draft-exit {args.draft_exit} is no exit point of this model: choose one of "
+                         f"{', '.join(map(str, config.exit_points))}")
     args.tag = args.tag or info.get("tag", f"d{config.n_layer}")
     source_is_unfrozen = str(info.get("provenance", {}).get("trained", "")).startswith("unfrozen")
     suffix = ("_unfrozen" if args.unfreeze or (args.controls and source_is_unfrozen) else "") + "_auto" * args.controls
@@ -175,6 +195,8 @@ def main(argv=None):
         raise FileNotFoundError(f"there is no checkpoint in {folder} to export: train first, without --export")
     else:
         distributed.load_shards(model, state)
+        if args.controls:
+            model.predictor.admit_new_levels()
         if (moments := file.parent / "optim.pt").is_file():
             print0(f"{ckpt.carry_optimizers(moments, optimizers)} parameters go on with the optimizer's state in {moments}; "
                    "--warmup-ratio raises the rate anew")
@@ -198,15 +220,16 @@ def main(argv=None):
         print0(f"{folder} is trained " + ("already" if run.finished else "so far") + f" ({run.start} steps)"
                + ("; --fresh starts over" if run.finished else ""))
     else:
-        recipe = "controls" if args.controls else args.recipe if args.matryoshka else None
+        recipe = f"controls {args.predictor}" if args.controls else args.recipe if args.matryoshka else None
         step = ElasticStep(model, args.seed, args.num_iterations, recipe, args.sample_dim, levels, args.student_every,
-                           args.energy_lambda)
+                           args.energy_lambda, args.draft_exit)
         figures = run.train(model, optimizers, tokenizer, data, step, evaluate, passes, T, data_from=info.get("loader"))
     ckpt.save_optimizers(folder / "optim.pt", optimizers)
     ckpt.save_export(folder, model, tokenizer, {
         "tag": args.tag, "provenance": {"trained": suffix[1:] or phase, "steps": figures.get("steps", run.start),
                                         "source_sha256": source, "from": info.get("provenance")},
-        "figures": figures, "loader": run.loader if world > 1 else run.loader[0]})
+        "figures": figures, "loader": run.loader if world > 1 else run.loader[0],
+        **({"calibration": uncalibrated(model, tokenizer, data)} if args.controls else {})})
     said = f": {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte at full width" if "bpb" in figures else ""
     print0(f"wrote {folder}{said}")
     distributed.leave()

@@ -35,16 +35,14 @@ def measure(model, batches: list, token_bytes, start: int, widths=None, depth: i
         behind = (torch.arange(T) >= start - 1).expand(B, T)
         if control is not None:
             h, _ = control.parallel(x, x[:, :start].tolist(), behind)
-            exits, levels = control.exits, control.ran
-            flops += B * model.predictor.flops(start)
+            flops += float(control.flops(behind).sum()) + B * model.predictor.flops(start)
         else:
             exits, levels = torch.where(behind, depth or c.n_block, c.n_block), model.resolve_widths(widths)
             h = model.hidden(x, levels, exits)
+            context = torch.arange(1, T + 1).expand(B, T)[behind]
+            flops += float(token_flops(model, exits[behind], torch.tensor(levels).expand(len(context), -1), context).sum())
         y = torch.where(behind.to(y.device), y, -1)
         text.add(head_loss(h, model.lm_head.weight, y, c.softcap, reduction="none"), y)
-        ran = torch.stack([torch.as_tensor(w).expand(B, T) for w in levels], -1)[behind]
-        flops += float(token_flops(model, exits[behind], ran, torch.arange(1, T + 1).expand(B, T)[behind],
-                                   model.gate.flops if control is not None else 0).sum())
         tokens += int(behind.sum())
     return {"bpb": text.value, "flops": flops / tokens}
 

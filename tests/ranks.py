@@ -5,20 +5,21 @@ has imported everything already, since importing torch costs more than the tests
 import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from nanochat import distributed, stages
+from nanochat import distributed, optim, stages, step_checkpoint
 from nanochat.checkpoint_manager import build_model, load_state
 from nanochat.elastic_step import ElasticStep
 from nanochat.growing import Init, grow
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.optim import setup_optimizers
-from nanochat.training import Share, set_rates, shares
+from nanochat.training import set_rates, shares
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["ranks", "scripts.fractal_train", "scripts.base_train", "conftest"])
@@ -43,7 +44,7 @@ def start(world: int, fn, *args, out: Path, env=()) -> list:
     return processes
 
 
-def finish(processes: list, seconds: float = 120) -> list[int]:
+def finish(processes: list, seconds: float = 900) -> list[int]:
     """Their exit codes, negative for a signal."""
     for p in processes:
         p.join(seconds)
@@ -85,7 +86,7 @@ def start_model(phase: str):
 
 
 def train(phase: str, recipe, sample: bool, path, steps: int = STEPS, nodes: int = 1, passes: int = 1, masked: bool = False,
-          **options) -> dict:
+          draft_exit: int | None = None, **options) -> dict:
     """
     Trains on the same global batches on any number of ranks; {'losses': of each step, 'state': whole weights at the end},
     into `path` on rank 0 and returned.
@@ -102,7 +103,7 @@ def train(phase: str, recipe, sample: bool, path, steps: int = STEPS, nodes: int
     else:
         load_state(model, source.state_dict(), "the test's model")
     optimizers = setup_optimizers(model, weight_decay=0.1, frozen=boxes)
-    step_of, history = ElasticStep(model, 5, steps, recipe, sample), []
+    step_of, history = ElasticStep(model, 5, steps, recipe, sample, draft_exit=draft_exit), []
     for step in range(steps):
         set_rates(optimizers, step, steps, 0.0, 0.5)
         g = torch.Generator().manual_seed(step)
@@ -125,13 +126,63 @@ def train(phase: str, recipe, sample: bool, path, steps: int = STEPS, nodes: int
     result = {"losses": history, "state": distributed.full_state(model)}
     if rank == 0 and path is not None:
         torch.save(result, path)
-    distributed.leave()
     return result
 
 
-def run_script(main, argv) -> None:
-    main(argv)
+def several(cases: dict, folder: Path) -> None:
+    """train(**case) for each, into folder/<name>.pt."""
+    for name, case in cases.items():
+        train(**case, path=folder / f"{name}.pt")
+    distributed.leave()
 
 
-__all__ = ["ROWS", "STEPS", "TINY", "Share", "T", "context", "finish", "replace", "run_script", "start", "start_model",
-           "together", "train"]
+def fractal(argv: list[str], fault=None) -> None:
+    """scripts.fractal_train as one rank. fault: (kind, rank, step), what happens where in that step."""
+    from scripts import fractal_train
+    if fault is not None:
+        inject(*fault)
+    fractal_train.main(argv)
+
+
+def inject(kind: str, rank: int, at: int) -> None:
+    if int(os.environ["RANK"]) != rank:
+        return
+    call, check = ElasticStep.__call__, step_checkpoint._sum
+
+    def step(self, number, *args):
+        if number == at and kind in ("SIGKILL", "SIGTERM"):
+            os.kill(os.getpid(), getattr(signal, kind))
+        return call(self, number, *args)
+
+    def killed_in_save(path):
+        if path.parent.name == f".step_{at:06d}.tmp":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return check(path)
+    ElasticStep.__call__ = step
+    if kind == "kill in save":
+        step_checkpoint._sum = killed_in_save
+
+
+def orthogonalized(world: int, nodes: int, path) -> None:
+    """Muon's updates of sharded matrices, and the elements that each exchange sends to others, into `path`."""
+    distributed.init_processes("cpu")
+    mesh, moved = distributed.make_mesh("cpu", nodes), []
+    exchange = optim.dist.all_to_all_single
+
+    def counted(out, sent, out_sizes, in_sizes, group):
+        moved.append(sum(n for r, n in enumerate(in_sizes) if r != group.rank()))
+        return exchange(out, sent, out_sizes, in_sizes, group=group)
+    optim.dist.all_to_all_single = counted
+    results = {}
+    for shape in ((12, 8), (7, 16), (2, 4)):
+        whole = torch.randn(5, *shape, generator=torch.Generator().manual_seed(1))
+        placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+        shards = [distribute_tensor(m, mesh, placements) for m in whole]
+        moved.clear()
+        done = optim.orthogonalize_shards([s.to_local() for s in shards], shape[0], mesh)
+        full = [DTensor.from_local(d, mesh, placements, shape=s.shape, stride=s.stride()).full_tensor()
+                for d, s in zip(done, shards)]
+        results[shape] = torch.stack(full), distributed.all_sum(torch.tensor(moved)).tolist()
+    if distributed.get_rank()[0] == 0:
+        torch.save(results, path)
+    distributed.leave()

@@ -12,20 +12,34 @@ from conftest import language_parameters
 
 from nanochat.cache import MatryoshkaKVCache
 from nanochat.confidence_probe import (
+    THRESHOLDS,
     Controls,
     calibrate_prices,
     check_trained,
     choose,
+    draw_plans,
     fixed_sequence,
     gumbel_choice,
     level_shares,
     p_value,
     pad,
+    pareto_path,
     predict,
     sequences_needed,
+    tune,
 )
 from nanochat.engine import Engine
-from nanochat.loss_eval import Shadow, gate_loss, matryoshka_backward, predictor_loss
+from nanochat.hybrid_gpt import CONTROLS
+from nanochat.loss_eval import (
+    ANSWER,
+    Shadow,
+    controls_backward,
+    gate_loss,
+    head_loss,
+    matryoshka_backward,
+    predictor_loss,
+    value_loss,
+)
 from nanochat.matryoshka import cost_table, energy, norm, soft_masks, token_flops
 
 PROMPTS = [[5], [17, 250, 3], [9, 8, 7, 6, 5, 4, 3]]
@@ -179,6 +193,52 @@ def test_the_energy_penalty_makes_plans_cheaper(hybrid, tokens):
     assert sum(shares[-5:]) / 5 - floor < 0.5 * (sum(shares[:5]) / 5 - floor)
 
 
+def test_values_are_fitted_to_what_plans_cost(hybrid, tokens):
+    """What the predictor says the narrowest plan gives up is then the KL that it costs."""
+    starts, c = torch.tensor([20, 20]), hybrid.config
+    hybrid.predictor.init_weights()
+    with torch.no_grad():
+        full = hybrid.hidden(tokens)
+        answer = torch.where(torch.arange(tokens.size(1)) >= 19, tokens, -1)
+        narrow = hybrid.hidden(tokens, widths=c.levels[0])
+        want = head_loss(narrow, hybrid.lm_head.weight, answer, c.softcap, full, "none").view(answer.shape).sum(1)
+        want *= ANSWER / (answer >= 0).sum(1)
+    optimizer = torch.optim.Adam(hybrid.predictor.parameters(), lr=0.003)
+    generator, losses = torch.Generator().manual_seed(3), []
+    for _ in range(150):
+        loss, seen = value_loss(hybrid, tokens, tokens, starts, full, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert grads(hybrid) == {n for n, _ in hybrid.named_parameters() if n.startswith("predictor.")}
+    assert 0 < float(seen["share"]) <= 1 and float(seen["kl"]) > 0
+    assert sum(losses[-20:]) < 0.1 * sum(losses[:20])
+    logits = predict(hybrid, tokens, torch.arange(tokens.size(1)) < starts[:, None], 0.5)
+    got = (logits[..., -1] - logits[..., 0]).sum(1).detach()
+    torch.testing.assert_close(F.softsign(got), F.softsign(want), atol=0.05, rtol=0)
+
+
+def test_energy_decides_which_plans_values_are_learned_from():
+    g = torch.Generator().manual_seed(0)
+    logits, shares = torch.zeros(4000, 4, 3), torch.tensor([[0.05, 0.1, 0.25]]).expand(4, 3)
+    dear = draw_plans(logits, 20 * shares, g).float().mean()
+    assert float(dear) < float(draw_plans(logits, shares, g).float().mean()) - 0.1
+    wide = torch.tensor([0.0, 0.0, 9.0]).expand(4000, 4, 3)  # where the full level is worth it, it is drawn
+    at = draw_plans(wide, shares, g)
+    assert float((at == 2).all(1).float().mean()) == pytest.approx(0.75 + 0.25 * (0.5 / 3 + 0.5 / 81), abs=0.03)
+
+
+def test_controls_learn_alone(hybrid, tokens):
+    for temperature in (None, 0.5):
+        hybrid.zero_grad()
+        generator = torch.Generator().manual_seed(2)
+        out = controls_backward(hybrid, tokens, tokens, torch.tensor([20, 30]), generator, temperature)
+        assert grads(hybrid) <= {n for n, _ in hybrid.named_parameters() if n.startswith(CONTROLS)}
+        assert {"gate.c_proj.weight", "predictor.out_weight"} <= grads(hybrid)
+        assert out.keys() == {"loss", "gate", "brier", "share", "kl" if temperature is None else "budget"}
+
+
 @torch.no_grad()
 def test_the_predictor_sees_the_prompt_alone(hybrid, tokens):
     valid = torch.arange(48) < torch.tensor([[10], [25]])
@@ -303,6 +363,25 @@ def test_calibration_keeps_its_promise():
         assert at == len(values) - 2 or at == len(true) - 1
     assert failures <= 16
     assert sum(used) / 200 > 2  # and it is not by never choosing anything
+
+
+def test_settings_are_tested_from_the_dearest_on_and_only_if_nothing_beats_them():
+    a, b, c, d, e = (1.0, 0.9), (0.8, 1.0), (0.8, 0.9), (0.6, 1.0), (0.6, 0.9)
+    points = [((1.0, 1.0), 0.0, 100), (a, 0.01, 90), (b, 0.02, 95), (c, 0.03, 60), (d, 0.03, 70), (e, 0.2, 40)]
+    assert pareto_path(points) == [(1.0, 1.0), a, c, e]
+
+
+def test_tuning_stops_lowering_a_threshold_where_too_much_is_lost(hybrid):
+    seen = []
+
+    def run(budget, threshold):
+        seen.append((budget, threshold))
+        return torch.full((4,), 1 - threshold), budget * threshold
+    path = tune(hybrid, run, 0.05)
+    assert path[0] == (1.0, 1.0) == seen[0] and len({b for b, _ in seen}) == 5
+    assert min(t for _, t in seen) == max(t for t in THRESHOLDS[::2] if 1 - t > 0.05)
+    costs = [b * t for b, t in path[1:]]
+    assert costs == sorted(costs, reverse=True)
 
 
 def test_nothing_safe_is_said_so():

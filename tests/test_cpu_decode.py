@@ -144,6 +144,41 @@ def test_mixer_step(sizes, dtype, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_are_the_same_to_the_last_bit_however_they_are_cut(dtype):
+    """A model's logits and memory, one token at a time or several; and the same after a draft was taken back in part."""
+    model = randomize(build_model(MODELS["hybrid"]))
+    prepare_inference(model, "cpu", dtype)
+    idx = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(3))
+
+    def run(parts):
+        out, cache = [], MatryoshkaKVCache(model, 3, 40)
+        for part in idx.split(parts, 1):
+            out.append(model(part, cache=cache))
+        memory = [(v.k[:, :, :20], v.v[:, :, :20]) if hasattr(v, "k") else (v.state.conv_state, v.state.ssm_state)
+                  for v in cache.views]
+        return torch.cat(out, 1), [t for pair in memory for t in pair]
+
+    with torch.no_grad():
+        logits, memory = run([1] * 20)
+        for parts in ([5, 1, 7, 2, 3, 2], [8, 6, 6], [4, 16]):
+            got, its = run(parts)
+            assert torch.equal(got, logits) and all(map(torch.equal, its, memory))
+        cache = MatryoshkaKVCache(model, 3, 40)
+        model(idx[:, :9], cache=cache)
+        cache.checkpoint()
+        model(idx[:, 9:14], cache=cache)
+        cache.truncate([10, 13, 9])
+        for row, n in enumerate((10, 13, 9)):
+            alone = MatryoshkaKVCache(model, 1, 40)
+            for part in idx[row:row + 1, :n].split(1, 1):
+                model(part, cache=alone)
+            for view, its in zip(cache.views[1::2], alone.views[1::2]):
+                assert torch.equal(view.state.conv_state[row], its.state.conv_state[0])
+                assert torch.equal(view.state.ssm_state[row], its.state.ssm_state[0])
+
+
+@needs_compiler
 def test_what_the_operators_leave_alone():
     x, w = torch.randn(1, 8), torch.randn(4, 8)
     assert not cpu_decode.serves(x, w)  # with gradients

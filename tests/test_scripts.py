@@ -10,7 +10,20 @@ from conftest import language_parameters
 from nanochat import checkpoint_manager as ckpt
 from nanochat import step_checkpoint
 from nanochat.loss_eval import Student, matryoshka_backward
-from scripts import base_train, chat_cli, extract, fractal_eval, fractal_train, frontier, surgery, tok_train
+from nanochat.surgery import extract as surgery_extract
+from scripts import (
+    base_train,
+    bench,
+    bench_speculative,
+    chat_cli,
+    compare_steps,
+    extract,
+    fractal_eval,
+    fractal_train,
+    frontier,
+    surgery,
+    tok_train,
+)
 
 SMALL = ["--device-batch-size", "4", "--total-batch-size", "256", "--eval-tokens", "512", "--eval-every", "-1",
          "--log-every", "5"]
@@ -99,13 +112,14 @@ def test_controls_are_trained_calibrated_and_used(home, cwd, capsys):
     assert {k.split(".")[0] for k in changed} == {"gate", "predictor"}
 
     calibrate = ["--checkpoint", str(auto), "--calibrate", *docs, "--new-tokens", "4", "--device-batch-size", "4"]
-    fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "148"], "ask for at least 149")
+    fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "197"], "ask for at least 198")
+    fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "148", "--budget", "1"], "ask for at least 149")
     fails(capsys, fractal_eval.main, [*calibrate, "--delta", "2"], "delta 2.0 is out of range")
     fails(capsys, fractal_eval.main, [*calibrate, "--delta", "0.3", "--epsilon", "0.3", "--sequences", "99999"],
           "the validation text ends after", "ask for fewer")
     evidence = fractal_eval.main([*calibrate, "--delta", "0.3", "--epsilon", "0.3", "--sequences", "12"])
     loaded = ckpt.load(auto)
-    assert loaded.info["calibration"] == json.loads(json.dumps(evidence)) and evidence["sequences"] == 12
+    assert loaded.info["calibration"] == json.loads(json.dumps(evidence)) and evidence["sequences"] == 9
     assert loaded.model.config.exit_threshold == evidence["exit_threshold"]
 
     rows = frontier.main(["--checkpoint", str(auto), *docs, "--eval-tokens", "256", "--device-batch-size", "2", "--budgets",
@@ -205,6 +219,52 @@ def test_a_changed_source_is_noticed(home, cwd, capsys):
     fails(capsys, fractal_train.main, [*args, str(cwd / "hybrid_checkpoints/d2_64")], "source_sha256", "--fresh")
 
 
+def test_a_fresh_model_of_a_sub_models_size(home, cwd):
+    surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
+    hybrid = str(cwd / "hybrid_checkpoints/d2_64")
+    for name, more in (("a", []), ("b", []), ("c", ["--seed", "1"])):
+        extract.main(["--checkpoint", hybrid, "--mode", "normal", "--dst", str(cwd / name), "--fresh", *more])
+    a, b, c = (ckpt.load(str(cwd / name))[0] for name in "abc")
+    whole = ckpt.load(hybrid)[0]
+    assert a.config.top_width == 32 and a.num_params() == surgery_extract(whole, "normal").num_params()
+    assert all(torch.equal(p, b.get_parameter(n)) for n, p in a.named_parameters())
+    for other in (c, surgery_extract(whole, "normal")):
+        assert not torch.equal(a.transformer.wte.weight, other.transformer.wte.weight)
+
+
+def test_drafts_are_trained_used_and_measured(home, cwd, capsys):
+    surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
+    hybrid, docs = str(cwd / "hybrid_checkpoints/d2_64"), ["--data", str(home / "docs")]
+    train = ["--checkpoint", hybrid, *docs, *SMALL, "--num-iterations", "3"]
+    fails(capsys, fractal_train.main, [*train, "--draft-exit", "3"], "no exit point", "choose one of 2")
+    fails(capsys, fractal_train.main, [*train, "--controls", "--draft-exit", "2"], "drop --matryoshka")
+    fractal_train.main([*train, "--unfreeze", "--draft-exit", "2"])
+    folder = cwd / "fractal_checkpoints/d2_64_unfrozen"
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-2])["kl"] > 0
+    capsys.readouterr()
+    chat = ["--checkpoint", str(folder), "-p", "Line 7", "--temperature", "0", "--max-tokens", "9"]
+    chat_cli.main(chat)
+    plain = capsys.readouterr().out
+    chat_cli.main([*chat, "--lossless", "--mode", "auto"])
+    assert capsys.readouterr().out == plain
+    chat_cli.main([*chat, "--lossless", "--trace"])
+    err = capsys.readouterr().err
+    assert "tokens were drafted" in err and "of plain decoding's" in err
+    fails(capsys, chat_cli.main, [*chat, "--lossless", "--budget", "0.5"], "drop --budget")
+
+    bench.main(["speculative", "--checkpoint", str(folder), *docs, "--prompts", "2", "--max-tokens", "9", "--table", "1",
+                "--proof", "18", "--json", str(cwd / "bench.json")])
+    result = json.loads((cwd / "bench.json").read_text())
+    assert {"speedup_b1", "speedup_b8", "acceptance", "mismatches"} <= set(result) and result["mismatches"] == 0
+    (model,) = result["models"].values()
+    assert model["proof"]["sequences"] == 18 and len(model["drafts"]) == 5 and model["sampled_b8"]["all"]["outputs"] == 8
+
+
+def test_outputs_that_loop_are_told():
+    assert bench_speculative.loops([9, 1, 5] + [3, 4] * 8) and bench_speculative.loops([7] * 10)
+    assert not bench_speculative.loops(list(range(30))) and not bench_speculative.loops([3, 4] * 8 + [5])
+
+
 def test_an_extracted_model_trains(home, cwd):
     surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
     extract.main(["--checkpoint", str(cwd / "hybrid_checkpoints/d2_64"), "--mode", "normal", "--dst", str(cwd / "small")])
@@ -255,6 +315,8 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
     fails(capsys, fractal_eval.main, ["--checkpoint", hybrid, "--eval-tokens", "0"], "at least 1")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "auto", "-p", "x"], "needs trained controls")
     fails(capsys, extract.main, ["--checkpoint", hybrid, "--mode", "normal", "--dst", base], "not empty")
+    fails(capsys, extract.main, ["--checkpoint", hybrid, "--mode", "normal", "--dst", str(cwd / "x"), "--seed", "1"],
+          "no effect without --fresh")
     fails(capsys, extract.main, ["--checkpoint", base, "--mode", "normal", "--dst", str(cwd / "new")], "only a hybrid")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "loud", "-p", "x"], "unknown mode 'loud'", "ghost")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "48", "-p", "x"], "48 is not a level", "32, 64")
@@ -314,3 +376,16 @@ def test_every_flag_has_help(script, capsys):
     assert e.value.code == 0
     flags = [x.strip() for x in capsys.readouterr().out.splitlines() if x.startswith("  -")]
     assert len(flags) >= 4
+
+
+def test_compare_steps_spends_the_same_on_every_kind(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    result = compare_steps.main(["--steps", "2", "--more-steps", "3", "--seeds", "1", "--width", "32", "--rows", "4",
+                                 "--layers", "1"])
+    steps = {k: v[0] for k, v in result["steps"].items()}
+    assert steps["full passes only"] == 3 and steps["teacher and student"] == 2
+    assert steps["one pass at sampled levels"] >= steps["half the rows each, no teacher"] >= 3
+    assert all(len(v) == 1 and 0 < v[0] < 12 for modes in result["bpb"].values() for v in modes.values())
+    assert (tmp_path / "compare_steps.json").is_file()
+    with pytest.raises(SystemExit):
+        compare_steps.main(["--rows", "1"])

@@ -191,10 +191,14 @@ def test_the_gate_keeps_its_answers_and_the_predictor_its_choices(model, tokens,
     a = model.predictor(e, valid, budget)
     b = grown.predictor(torch.cat((e, torch.zeros(5, 9, width - 64)), -1), valid, budget)
     assert delta(b[..., :len(c.levels)], a) <= 1e-5
+    grown.predictor.admit_new_levels()
+    d = grown.predictor(torch.cat((e, torch.zeros(5, 9, width - 64)), -1), valid, budget)
+    assert delta(d[..., :len(c.levels)], a) <= 1e-5 and bool((d - b)[..., len(c.levels):].min() > 9)
     shares = level_shares(grown)[0]
     for price in (0.0, 3.0):
         old = choose(a, torch.tensor(c.levels), shares[:, :len(c.levels)], price)
-        assert torch.equal(choose(b, torch.tensor(new.levels), shares, price), old)
+        for logits in (b, d):
+            assert torch.equal(choose(logits, torch.tensor(new.levels), shares, price), old)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def main(argv=None):
     p.add_argument("--seeds", type=int, default=1, help="independent runs; the report gives their means (default: 1)")
     p.add_argument("--seed", type=int, default=0, help="the first one's (default: 0)")
     p.add_argument("--quick", action="store_true", help="run every part in about a minute, without learning the tasks")
-    p.add_argument("--steps", type=int, default=None, help="training steps of the model (default: 950; 40 with --quick)")
+    p.add_argument("--steps", type=int, default=None, help="training steps of the model (default: 1100; 40 with --quick)")
     p.add_argument("--out", default=None, help="folder for the report (default: tiny_experiment in NANOCHAT_BASE_DIR)")
     args = p.parse_args(argv)
     if args.seeds < 1 or (args.steps is not None and args.steps < 1):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from nanochat.checkpoint_manager import build_model, save_export
-from nanochat.common import Progress, get_rank, print0
+from nanochat.common import Progress, get_compute_dtype, get_rank, print0
 from nanochat.confidence_probe import (
     THRESHOLDS,
     Controls,
@@ -24,7 +24,7 @@ from nanochat.confidence_probe import (
     calibrate_prices,
     calibrated_thresholds,
     fixed_sequence,
-    gumbel_temperature,
+    tune,
 )
 from nanochat.engine import Engine, Trace, prepare_inference
 from nanochat.hybrid_gpt import HybridConfig
@@ -45,13 +45,13 @@ class Settings:
     Sizes of one run. `pieces`: passes per step, of rows of like length, since padding costs as much as text. processes:
     each on one core, with its own pieces; on a small model that is nearly twice as fast as two threads in one process.
     """
-    steps: int = 950
-    students_from: int = 270  # the step from which narrow passes learn, from a teacher that is worth it by then
+    steps: int = 1100
+    students_from: int = 250  # the step from which narrow passes learn, from a teacher that is worth it by then
     rows: int = 128
     pieces: int = 4
-    control_steps: int = 180
+    control_steps: int = 300
     control_rows: int = 128
-    calibration: int = 1350
+    calibration: int = 4800  # a quarter of them says what to test
     test: int = 900
     swept: int = 450  # of the test instances, for the curves
     timed: int = 90
@@ -99,7 +99,7 @@ def finish_step(model, optimizers) -> None:
 
 def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
     """Everything but the controls; the losses of each step."""
-    optimizers = setup_optimizers(model, embedding_lr=0.1)
+    optimizers, model.compute_dtype = setup_optimizers(model, embedding_lr=0.1), get_compute_dtype("cpu")
     progress, history = Progress("model", s.steps), []
     for step in range(s.steps):
         set_rates(optimizers, step, s.steps, *SCHEDULE)
@@ -126,7 +126,8 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
 def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
     """Gate and predictor on the finished model; the losses of each step."""
     set_trained(model, "controls")
-    optimizers = setup_optimizers(model, control_lr=0.003)
+    model.compute_dtype = torch.float32
+    optimizers = setup_optimizers(model, control_lr=0.01)
     progress, history = Progress("controls", s.control_steps), []
     for step in range(s.control_steps):
         set_rates(optimizers, step, s.control_steps, *SCHEDULE)
@@ -135,7 +136,7 @@ def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict
         x, y, starts = encoder.batch(draw_many(number + 500_000, s.control_rows // world, "train"))
         generator = torch.Generator().manual_seed(number)
         y = at_most(3, y, generator)  # or the long answers of easy tasks would speak for all
-        losses = controls_backward(model, x, y, starts, generator, gumbel_temperature(step, s.control_steps), 512, 1 / world)
+        losses = controls_backward(model, x, y, starts, generator, tokens=512, scale=1 / world)
         finish_step(model, optimizers)
         history.append({k: float(v) for k, v in losses.items()})
         progress.step(1, " | ".join(f"{k} {v:.3f}" for k, v in history[-1].items()))
@@ -206,25 +207,24 @@ class Judge:
         """
         widths: see GPT.hidden. depth: of the tokens that generate, a number or (B, T). control: Controls that decide both.
         extra: FLOPs per token and exit point of a score that is not the gate's. Returns 'right' (n,) bool, 'flops' and
-        'full_flops' of the generating passes (n,), 'depth' (B, T), 'widths' (n, n_block) and 'predicted' (B, T).
+        'full_flops' of the generating passes (n,), 'depth' (B, T) and 'widths' as planned (n, n_block).
         """
         model, n_block = self.model, self.model.config.n_block
+        at, (row, place) = self.answer, self.answer.nonzero(as_tuple=True)
         if control is not None:
-            h, planned = control.parallel(self.x, self.prompts, self.behind)
-            exits, levels = control.exits, control.ran
+            h, widths = control.parallel(self.x, self.prompts, self.behind)
+            exits, flops = control.exits, control.flops(at, extra or None)
         else:
             exits = torch.where(self.behind, torch.as_tensor(n_block if depth is None else depth), n_block)
-            levels = model.resolve_widths(widths)
-            h = model.hidden(self.x, levels, exits)
-        predicted = model.logits(h).argmax(-1)
-        right = ((predicted == self.y) | ~self.answer).all(1)
-        ran = torch.stack([torch.as_tensor(w).expand_as(self.x) for w in levels], -1)  # (B, T, n_block)
-        at, (row, place) = self.answer, self.answer.nonzero(as_tuple=True)
-        flops = token_flops(model, exits[at], ran[at], place + 1, 0 if control is None else extra or model.gate.flops)
-        full = token_flops(model, torch.full_like(row, n_block), torch.full_like(ran[at], model.config.top_width), place + 1)
+            if not isinstance(widths, torch.Tensor):
+                widths = torch.tensor(model.resolve_widths(widths)).expand(len(self.instances), n_block)
+            h = model.hidden(self.x, widths, exits)
+            flops = token_flops(model, exits[at], widths[row], place + 1)
+        right = ((model.logits(h).argmax(-1) == self.y) | ~self.answer).all(1)
+        full = token_flops(model, torch.full_like(row, n_block), torch.full_like(widths[row], model.config.top_width),
+                           place + 1)
         each = torch.zeros(2, len(self.instances), dtype=torch.float64).index_add_(1, row, torch.stack((flops, full)))
-        return {"right": right, "predicted": predicted, "depth": exits, "widths": ran[:, 0] if control is None else planned,
-                "flops": each[0], "full_flops": each[1]}
+        return {"right": right, "depth": exits, "widths": widths, "flops": each[0], "full_flops": each[1]}
 
     def summary(self, result: dict) -> dict:
         """Exact match overall and by difficulty, and the share of full compute spent."""
@@ -256,35 +256,24 @@ def change_score(model, idx):
 # ---------------------------------------------------------------------------------------------------------------------
 # One seed
 
-def pick_budget(judge: Judge) -> tuple[float, list[list[float]]]:
+def calibrate_answers(tuning: Judge, judge: Judge) -> tuple[dict, torch.Tensor]:
     """
-    The least budget whose plans cost next to no accuracy (0.3 points) without any exit, on instances that calibration does
-    not use; and the prices at which plans meet each budget.
+    The evidence as a checkpoint carries it, and the losses (see confidence_probe.calibrate). The settings to test and their
+    order come from `tuning`, instances of their own. Risk: the share of instances that full compute answers right and
+    adaptive compute does not.
     """
-    budgets = budget_grid(judge.model)
-    prices = calibrate_prices(judge.model, judge.prompts, budgets)
-    full = judge.summary(judge())["all"]
-    for budget in budgets:
-        got = judge.summary(judge(control=Controls(judge.model, budget, 1.0, 0.0, {"prices": prices})))
-        if got["all"] >= full - 0.003:
-            return budget, prices
-    return 1.0, prices
+    model = judge.model
+    prices = calibrate_prices(model, tuning.prompts, budget_grid(model))
 
-
-def calibrate_answers(judge: Judge, budget: float, prices: list) -> tuple[dict, torch.Tensor]:
-    """
-    The evidence as a checkpoint carries it, and the losses (see confidence_probe.calibrate). Risk: the share of instances
-    that full compute answers right and adaptive compute does not.
-    """
-    full = judge()["right"]
-
-    def losses_at(t):
-        at = calibrated_thresholds(t, judge.model.config)
-        control = Controls(judge.model, budget, **at, calibration={"prices": prices})
-        return (full & ~judge(control=control)["right"]).float()
-    evidence, losses = calibrate(losses_at, DELTA, EPSILON)
+    def run(judge, full, budget, threshold):
+        at = calibrated_thresholds(threshold, model.config)
+        result = judge(control=Controls(model, budget, **at, calibration={"prices": prices}))
+        return (full & ~result["right"]).float(), float(result["flops"].sum())
+    full = [j()["right"] for j in (tuning, judge)]
+    path = tune(model, lambda *setting: run(tuning, full[0], *setting), 3 * DELTA)
+    evidence, losses = calibrate(lambda *setting: run(judge, full[1], *setting)[0], DELTA, EPSILON, path)
     risk = "answers that full compute gets right and adaptive compute does not"
-    return evidence | {"risk": risk, "budget": budget, "prices": prices}, losses
+    return evidence | {"risk": risk, "prices": prices}, losses
 
 
 def resampled_promise(losses: torch.Tensor, trials: int = 200, n: int = 600) -> dict:
@@ -412,8 +401,10 @@ def measure(model, encoder: Encoder, seed: int, s: Settings, first: dict, folder
     test, swept = Judge(model, encoder, instances), Judge(model, encoder, instances[:s.swept])
     prepare_inference(model, "cpu", torch.float32)
     held_out = draw_many(seed, s.calibration, "calibration")
-    budget, prices = pick_budget(Judge(model, encoder, held_out[:s.calibration // 4]))
-    calibration, losses = calibrate_answers(Judge(model, encoder, held_out[s.calibration // 4:]), budget, prices)
+    n = s.calibration // 4
+    calibration, losses = calibrate_answers(*(Judge(model, encoder, part) for part in (held_out[:n], held_out[n:])))
+    budget, prices = calibration["budget"] or 1.0, calibration["prices"]
+    calibration["budget"] = budget  # where nothing passed, full compute
     print0(f"  budget {budget:.2f} of full compute, exit threshold {calibration['exit_threshold']}")
     promise = resampled_promise(losses)
     model.config = c = replace(c, **calibrated_thresholds(calibration["exit_threshold"], c))

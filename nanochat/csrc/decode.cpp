@@ -155,20 +155,24 @@ template <class P> inline void put_input(typename P::Input* p, float x) {
     put(&rounded, x);
     if constexpr (std::is_same_v<typename P::Input, typename P::Stored>) *p = rounded; else *p = widen(rounded);
 }
-inline int64_t padded(int64_t k) { return (k + 31) / 32 * 32; }  // distance of input rows, in values
+inline int64_t padded(int64_t k) { return (k + 31) / 32 * 32 + 32; }  // distance of input rows, in values, not a power of two
 
 template <class P> struct Matrix { const typename P::Stored* w; int64_t rows, k, stride; };
 
-// y (R, O) = R input rows times O weight rows, which lie `stride` apart. Weights are not called for ahead of their use:
-// the CPU's own prefetching reads a single stream at 24 GB/s a core, with instructions for it, whatever their distance
-// and level, it was 15 to 20.
+// y (R, O) = R input rows times O weight rows, which lie `stride` apart. A single input row calls for no weights ahead of
+// their use: the CPU's own prefetching reads one stream at 24 GB/s a core, with instructions for it, whatever their distance
+// and level, it was 15 to 20. Several rows take longer than the reading, and the next weights come into the second-level
+// cache meanwhile: eight rows then cost 1.1 (fp32) of one.
 template <class P, int R, int O>
 void tile(const typename P::Stored* w, int64_t stride, int64_t k, const typename P::Input* x, float* y) {
     const int64_t pad = padded(k);
     vec s[R][O] = {};
     auto step = [&](auto pack, int64_t i) {
         typename P::Pack b[O];
-        for (int o = 0; o < O; o++) b[o] = pack(w + o * stride + i);
+        for (int o = 0; o < O; o++) {
+            b[o] = pack(w + o * stride + i);
+            if (R > 1) __builtin_prefetch(w + (O + o) * stride + i, 0, 2);
+        }
         for (int r = 0; r < R; r++) {
             typename P::Pack a = pack(x + r * pad + i);
             for (int o = 0; o < O; o++) s[r][o] = P::add(s[r][o], b[o], a);
@@ -184,7 +188,7 @@ void tile(const typename P::Stored* w, int64_t stride, int64_t k, const typename
 // The input rows row..row+R-1 times the weight rows from..to, by tiles as large as the vector registers.
 template <class P, int R, class Emit>
 void strip(const Matrix<P>& m, int64_t from, int64_t to, const typename P::Input* x, int64_t row, Emit emit) {
-    constexpr int O = R == 8 ? 3 : R == 4 ? 6 : R == 2 ? 8 : 1;
+    constexpr int O = R >= 7 ? 3 : R >= 5 ? 4 : R >= 3 ? 6 : R == 2 ? 8 : 1;
     for (int64_t o = from; o < to;) {
         float y[R * O];
         const int got = o + O <= to ? O : 1;
@@ -204,9 +208,15 @@ int64_t multiply(Phase& phase, const Matrix<P>& m, const typename P::Input* x, i
         const int64_t from = i * BLOCK, to = std::min(from + BLOCK, m.rows);
         int64_t row = 0;
         for (; row + 8 <= n; row += 8) strip<P, 8>(m, from, to, x, row, emit);
-        if (n - row >= 4) { strip<P, 4>(m, from, to, x, row, emit); row += 4; }
-        if (n - row >= 2) { strip<P, 2>(m, from, to, x, row, emit); row += 2; }
-        if (n - row) strip<P, 1>(m, from, to, x, row, emit);
+        switch (n - row) {
+            case 1: return strip<P, 1>(m, from, to, x, row, emit);
+            case 2: return strip<P, 2>(m, from, to, x, row, emit);
+            case 3: return strip<P, 3>(m, from, to, x, row, emit);
+            case 4: return strip<P, 4>(m, from, to, x, row, emit);
+            case 5: return strip<P, 5>(m, from, to, x, row, emit);
+            case 6: return strip<P, 6>(m, from, to, x, row, emit);
+            case 7: return strip<P, 7>(m, from, to, x, row, emit);
+        }
     });
     return pieces;
 }
@@ -361,14 +371,73 @@ void mlp(const T* x, const T* fc, const T* proj, T* out, int64_t n, int64_t d, i
     }
 }
 
-// One token per row of a Mamba-2 mixer; both states advance in place. projected (n, [z,] x, B, C, dt) receives in_proj's
-// outputs; write_only: the weights come without z's rows, and nothing behind the states is computed.
+// What lies between the projections of a Mamba-2 mixer. The tokens of a row lie `step` values apart in memory, each with
+// its inputs x, B, C of the conv and, behind them, a dt per head; the states `before` and `after` them may be one memory.
+template <class T> struct Mixer {
+    const float *conv_w, *conv_b, *dt_bias, *A_log, *D;
+    int64_t d_inner, H, N, G, K;
+    int64_t channels() const { return d_inner + 2 * G * N; }
+
+    // act (tokens, channels): the causal conv's channels from..to, and silu; the conv's window moves on
+    void convolve(const T* x, int64_t step, int64_t tokens, const T* before, T* after, int64_t from, int64_t to,
+                  float* act) const {
+        auto input = [&](int64_t t) { return t < 0 ? before + (K + t) * channels() : x + t * step; };
+        for (int64_t t = 0; t < tokens; t++) {
+            float* a = act + t * channels();
+            std::copy(conv_b + from, conv_b + to, a + from);
+            for (int64_t j = 0; j < K; j++) {
+                const T* w = input(t - K + 1 + j);
+                for (int64_t c = from; c < to; c++) a[c] += widen(w[c]) * conv_w[c * K + j];
+            }
+            map(to - from, a + from, a + from, [](vec v, int64_t) { return silu(v); });
+        }
+        for (int64_t j = 0; j < K; j++) {   // in this order one memory may hold both windows
+            const T* w = input(tokens - K + j);
+            for (int64_t c = from; c < to; c++) after[j * channels() + c] = w[c];
+        }
+    }
+
+    // y (tokens, d_inner), head h: S = decay S + dt x B^T, y = S C + D x. A row of S goes through all tokens at once: each
+    // state is read and written once, however many they are. y null: S alone.
+    void scan(int64_t h, const T* x, int64_t step, int64_t tokens, const float* act, const float* before, float* after,
+              float* y) const {
+        const int64_t headdim = d_inner / H;
+        float *dt = scratch<float>(5, tokens), *decay = scratch<float>(6, tokens);
+        for (int64_t t = 0; t < tokens; t++) {
+            const float raw = widen(x[t * step + channels() + h]) + dt_bias[h];
+            dt[t] = raw > 20 ? raw : std::log1p(std::exp(raw));
+            decay[t] = std::exp(-dt[t] * std::exp(A_log[h]));
+        }
+        for (int64_t p = 0; p < headdim; p++) {
+            const float* from = before + (h * headdim + p) * N;
+            float* S = after + (h * headdim + p) * N;
+            for (int64_t t = 0; t < tokens; t++, from = S) {
+                const float *a = act + t * channels(), *B = a + d_inner + h * G / H * N, *C = B + G * N;
+                const float xp = a[h * headdim + p], in = dt[t] * xp;
+                vec s = {};
+                map(N, from, S, [&](vec v, int64_t i) {
+                    const bool whole = i + LANES <= N;
+                    v = v * decay[t] + in * (whole ? load(B + i) : load_part(B + i, N - i));
+                    if (y) s += v * (whole ? load(C + i) : load_part(C + i, N - i));
+                    return v;
+                });
+                if (y) y[t * d_inner + h * headdim + p] = sum(s) + D[h] * xp;
+            }
+        }
+    }
+};
+
+// T tokens per row of a Mamba-2 mixer, n in all; the states before them and after them may be one memory. projected
+// (n, [z,] x, B, C, dt) receives in_proj's outputs; write_only: the weights come without z's rows, and nothing behind the
+// states is computed.
 template <class P, class T = typename P::Stored>
-void mamba(const T* x, const T* in_proj, const T* out_proj, T* out, T* projected, T* conv_state, float* ssm_state,
-           const float* conv_w, const float* conv_b, const float* dt_bias, const float* A_log, const float* D,
-           const float* norm_w, int64_t n, int64_t d_model, int64_t d_inner, int64_t H, int64_t N, int64_t G, int64_t K,
-           int64_t x_stride, int64_t conv_stride, int64_t ssm_stride, int64_t write_only, float eps) {
-    const int64_t channels = d_inner + 2 * G * N, z = write_only ? 0 : d_inner, width = z + channels + H;
+void mamba(const T* x, const T* in_proj, const T* out_proj, T* out, T* projected, const T* conv_before, T* conv_after,
+           const float* ssm_before, float* ssm_after, const float* conv_w, const float* conv_b, const float* dt_bias,
+           const float* A_log, const float* D, const float* norm_w, int64_t n, int64_t tokens, int64_t d_model,
+           int64_t d_inner, int64_t H, int64_t N, int64_t G, int64_t K, int64_t x_stride, int64_t conv_stride,
+           int64_t ssm_stride, int64_t write_only, float eps) {
+    const Mixer<T> mixer{conv_w, conv_b, dt_bias, A_log, D, d_inner, H, N, G, K};
+    const int64_t channels = mixer.channels(), z = write_only ? 0 : d_inner, width = z + channels + H, rows = n / tokens;
     const int64_t headdim = d_inner / H, group = d_inner / G, piece = 64, pieces = (channels + piece - 1) / piece;
     const auto* u = inputs<P>(1, x, x_stride, n, d_model, 0, 0);
     auto* normed = scratch<typename P::Input>(2, n * padded(d_inner));
@@ -378,50 +447,27 @@ void mamba(const T* x, const T* in_proj, const T* out_proj, T* out, T* projected
     {
         project.wait(multiply<P>(project, {in_proj, width, d_model, d_model}, u, n,
                                  [&](int64_t r, int64_t o, float s) { put(projected + r * width + o, s); }));
-        // the conv's window moves on by one input; its silu
-        convolve.run(n * pieces, [&](int64_t i) {
+        convolve.run(rows * pieces, [&](int64_t i) {
             const int64_t r = i / pieces, from = i % pieces * piece, to = std::min(from + piece, channels);
-            T* window = conv_state + r * conv_stride;
-            float* a = act + r * channels;
-            std::copy(conv_b + from, conv_b + to, a + from);
-            for (int64_t j = 0; j < K; j++) {
-                T* w = window + j * channels;
-                const T* next = j + 1 < K ? w + channels : projected + r * width + z;
-                for (int64_t c = from; c < to; c++) {
-                    w[c] = next[c];
-                    a[c] += widen(w[c]) * conv_w[c * K + j];
-                }
-            }
-            map(to - from, a + from, a + from, [](vec v, int64_t) { return silu(v); });
+            mixer.convolve(projected + r * tokens * width + z, width, tokens, conv_before + r * conv_stride,
+                           conv_after + r * conv_stride, from, to, act + r * tokens * channels);
         });
-        convolve.wait(n * pieces);
-        // per head: S = decay S + dt x B^T, y = (S C + D x) silu(z)
-        scan.run(n * H, [&](int64_t i) {
+        convolve.wait(rows * pieces);
+        scan.run(rows * H, [&](int64_t i) {
             const int64_t r = i / H, h = i % H;
-            const T* own = projected + r * width;
-            const float *a = act + r * channels, *xh = a + h * headdim, *B = a + d_inner + h * G / H * N, *C = B + G * N;
-            const float raw = widen(own[z + channels + h]) + dt_bias[h];
-            const float dt = raw > 20 ? raw : std::log1p(std::exp(raw)), decay = std::exp(-dt * std::exp(A_log[h]));
-            float* yh = y + r * d_inner + h * headdim;
-            for (int64_t p = 0; p < headdim; p++) {
-                float* S = ssm_state + r * ssm_stride + (h * headdim + p) * N;
-                const float in = dt * xh[p];
-                vec s = {};
-                map(N, S, S, [&](vec v, int64_t i) {
-                    const bool whole = i + LANES <= N;
-                    v = v * decay + in * (whole ? load(B + i) : load_part(B + i, N - i));
-                    s += v * (whole ? load(C + i) : load_part(C + i, N - i));
-                    return v;
-                });
-                yh[p] = sum(s) + D[h] * xh[p];
-            }
-            if (!write_only)
-                map(headdim, own + h * headdim, yh, [&](vec v, int64_t i) {
+            const T* own = projected + r * tokens * width;
+            float* yr = y + r * tokens * d_inner;
+            mixer.scan(h, own + z, width, tokens, act + r * tokens * channels, ssm_before + r * ssm_stride,
+                       ssm_after + r * ssm_stride, write_only ? nullptr : yr);
+            for (int64_t t = 0; t < tokens && !write_only; t++) {
+                float* yh = yr + t * d_inner + h * headdim;
+                map(headdim, own + t * width + h * headdim, yh, [&](vec v, int64_t i) {
                     return silu(v) * (i + LANES <= headdim ? load(yh + i) : load_part(yh + i, headdim - i));
                 });
+            }
         });
         if (!write_only) {
-            scan.wait(n * H);
+            scan.wait(rows * H);
             norm.run(n * G, [&](int64_t i) {
                 const int64_t r = i / G, g = i % G;
                 const float *v = y + r * d_inner + g * group, *w = norm_w + g * group;
@@ -433,6 +479,34 @@ void mamba(const T* x, const T* in_proj, const T* out_proj, T* out, T* projected
             multiply<P>(back, {out_proj, d_model, d_inner, d_inner}, normed, n,
                         [&](int64_t r, int64_t o, float s) { put(out + r * d_model + o, s); });
         }
+    }
+}
+
+// Advances the states of each row, in place, over the first counts[row] of its `tokens` projected ones (rows, tokens,
+// x, B, C, dt): what a mixer's states need of tokens that went through in_proj before.
+template <class P, class T = typename P::Stored>
+void replay(const T* projected, T* conv_state, float* ssm_state, const int64_t* counts, const float* conv_w,
+            const float* conv_b, const float* dt_bias, const float* A_log, int64_t rows, int64_t tokens, int64_t d_inner,
+            int64_t H, int64_t N, int64_t G, int64_t K, int64_t conv_stride, int64_t ssm_stride) {
+    const Mixer<T> mixer{conv_w, conv_b, dt_bias, A_log, nullptr, d_inner, H, N, G, K};
+    const int64_t channels = mixer.channels(), width = channels + H, piece = 64, pieces = (channels + piece - 1) / piece;
+    float* act = scratch<float>(3, rows * tokens * channels);
+    Phase convolve, scan;
+#pragma omp parallel
+    {
+        convolve.run(rows * pieces, [&](int64_t i) {
+            const int64_t r = i / pieces, from = i % pieces * piece, to = std::min(from + piece, channels);
+            T* window = conv_state + r * conv_stride;
+            mixer.convolve(projected + r * tokens * width, width, counts[r], window, window, from, to,
+                           act + r * tokens * channels);
+        });
+        convolve.wait(rows * pieces);
+        scan.run(rows * H, [&](int64_t i) {
+            const int64_t r = i / H;
+            float* state = ssm_state + r * ssm_stride;
+            mixer.scan(i % H, projected + r * tokens * width, width, counts[r], act + r * tokens * channels, state, state,
+                       nullptr);
+        });
     }
 }
 
@@ -450,3 +524,4 @@ EXPORT(linear)
 EXPORT(mlp)
 EXPORT(attention)
 EXPORT(mamba)
+EXPORT(replay)
