@@ -30,8 +30,17 @@ def init_processes(device_type: str) -> torch.device:
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         device_type = f"cuda:{torch.cuda.current_device()}"
-    if get_rank()[1] > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device_type.startswith("cuda") else "gloo")
+    rank, world = get_rank()
+    if world > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device_type.startswith("cuda") else "gloo"
+        attempt, one_node = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+        if attempt is None or not one_node:
+            dist.init_process_group(backend)
+        else:
+            # torch 2.13's launcher keeps one store over its restarts: ranks would wait for the addresses of dead ones
+            store, _, _ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"attempt_{attempt}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return torch.device(device_type)
 
 

@@ -51,7 +51,7 @@ class Settings:
     pieces: int = 4
     control_steps: int = 300
     control_rows: int = 128
-    calibration: int = 4800  # a quarter of them says what to test
+    calibration: int = 4000  # an eighth of them says what to test
     test: int = 900
     swept: int = 450  # of the test instances, for the curves
     timed: int = 90
@@ -401,7 +401,7 @@ def measure(model, encoder: Encoder, seed: int, s: Settings, first: dict, folder
     test, swept = Judge(model, encoder, instances), Judge(model, encoder, instances[:s.swept])
     prepare_inference(model, "cpu", torch.float32)
     held_out = draw_many(seed, s.calibration, "calibration")
-    n = s.calibration // 4
+    n = s.calibration // 8
     calibration, losses = calibrate_answers(*(Judge(model, encoder, part) for part in (held_out[:n], held_out[n:])))
     budget, prices = calibration["budget"] or 1.0, calibration["prices"]
     calibration["budget"] = budget  # where nothing passed, full compute
