@@ -23,8 +23,10 @@ RECIPES = {
     "both": "a full and a narrow pass of all rows in each step",
     "every": "the narrow pass in every --student-every-th step only",
     "half": "the narrow pass for half of the rows",
+    "split": "a full pass of half of the rows, a narrow one of the others, cross-entropy only, no teacher",
     "single": "one pass at sampled widths, cross-entropy only, no teacher",
 }
+TAUGHT = {"both", "every", "half"}  # have a teacher, so that the gate can learn along
 
 
 def random_splits(rows: int, T: int, generator: torch.Generator) -> torch.Tensor:
@@ -48,12 +50,11 @@ class ElasticStep:
     def __call__(self, step: int, x: torch.Tensor, y: torch.Tensor, share: Share) -> dict:
         model, config, (rows, T), (rank, world) = self.model, self.model.config, x.shape, get_rank()
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        full = self.flops(None) * x.numel()
+        full = self.flops(None, x.numel())
         drafts = [] if self.draft_exit is None else [Student(exits=torch.full((rows, T), self.draft_exit), label="draft")]
         if self.recipe is None:
             losses = matryoshka_backward(model, x, y, drafts, share.tokens)
-            part = self.draft_exit / config.n_block if drafts else 0
-            return {k: v * share.tokens for k, v in losses.items()} | {"flops": full * (1 + part)}
+            return {k: v * share.tokens for k, v in losses.items()} | {"flops": full + self.student_flops(drafts, x)}
         splits = random_splits(rows * world, T, g)
         if self.recipe.startswith("controls"):
             temperature = gumbel_temperature(step, self.steps) if self.recipe == "controls gumbel" else None
@@ -63,11 +64,18 @@ class ElasticStep:
             losses = controls_backward(model, x, y, mine, g, temperature, scale=share.passes,
                                        energy_weight=self.energy_weight, at=at, rank=rank, world=world, reduce=all_sum)
             return {k: v * share.passes for k, v in losses.items()}
-        if self.recipe == "single":
+        if self.recipe not in TAUGHT:
             student = sample_students(config, rows, T, splits, g, 0, rank, world, self.levels)[0]
-            loss, _ = model(x, y, widths=student.widths, exits=student.exits)
-            (loss * share.tokens).backward()
-            return {"loss": loss.detach() * share.tokens, "flops": self.flops(student.widths) * x.numel()}
+            whole = len(range(rank, rows * world // 2, world)) if self.recipe == "split" else 0  # of this rank's rows
+            total = flops = 0.0
+            for at, widths, exits in ((slice(whole, rows), student.widths, student.exits[whole:]),
+                                      (slice(0, whole), None, None)):
+                if at.stop > at.start:
+                    loss, _ = model(x[at], y[at], widths=widths, exits=exits)
+                    weight = share.tokens * int((y[at] >= 0).sum()) / max(1, int((y >= 0).sum()))
+                    (loss * weight).backward()
+                    total, flops = total + loss.detach() * weight, flops + self.flops(widths, x[at].numel())
+            return {"loss": total, "flops": flops}
         at = tokens_of_rows(y >= 0, GATE_TOKENS, g, rank, world)
         students = self._students(step, rows, T, splits, g, rank, world) + drafts
         by_width = {}
@@ -76,8 +84,7 @@ class ElasticStep:
         out = {k: v * weights.get(k, share.tokens) for k, v in losses.items()}
         for width, (loss, weight) in by_width.items():
             out |= {f"kl_{width}": loss, f"kl_{width}:": weight}
-        narrow = sum(self.flops(s.widths) * T * len(x[s.start:s.stop]) for s in students)
-        return out | {"flops": full + narrow}
+        return out | {"flops": full + self.student_flops(students, x)}
 
     def _students(self, step, rows, T, splits, g, rank, world) -> list[Student]:
         if self.recipe == "every" and step % self.every:
@@ -89,11 +96,17 @@ class ElasticStep:
         students = sample_students(self.model.config, rows, T, splits, g, None, rank, world, self.levels)
         return [s._replace(stop=rows) if s.stop is None else s for s in students]
 
-    def flops(self, widths) -> float:
-        """Per token; where rows differ, as its first token's."""
-        if isinstance(widths, torch.Tensor):
-            widths = widths[0, 0].tolist()
+    def student_flops(self, students: list[Student], x: torch.Tensor) -> float:
+        """Of all their passes. The parallel form computes every token down to the deepest exit."""
+        deepest = [1 if s.exits is None else int(s.exits.max()) / self.model.config.n_block for s in students]
+        return sum(self.flops(s.widths, x[s.start:s.stop].numel()) * part for s, part in zip(students, deepest))
+
+    def flops(self, widths, tokens: int) -> float:
+        """Of a pass over so many tokens, forward and backward."""
+        if isinstance(widths, torch.Tensor):  # of each token
+            each, count = widths.flatten(0, -2).unique(dim=0, return_counts=True)
+            return sum(self.flops(w, n) for w, n in zip(each.tolist(), count.tolist()))
         key = tuple(widths) if isinstance(widths, list) else widths
         if key not in self._flops:
             self._flops[key] = pass_flops(self.model, widths, (self.model.config.sequence_len + 1) / 2)
-        return self._flops[key]
+        return self._flops[key] * tokens

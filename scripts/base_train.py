@@ -77,7 +77,7 @@ def main(argv=None):
                                     distributed.all_sum)}
 
     step = ElasticStep(model, args.seed, args.num_iterations, None)
-    print0(f"FLOPs per trained token {step.flops(None):,.0f}")
+    print0(f"FLOPs per trained token {step.flops(None, 1):,.0f}")
     if run.finished:
         figures = run.meta["figures"]
         print0(f"{folder} is trained already ({run.start} steps); --fresh starts over")

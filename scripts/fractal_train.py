@@ -26,7 +26,7 @@ from nanochat import distributed, stages, step_checkpoint
 from nanochat.common import cli, get_base_dir, get_rank, print0
 from nanochat.confidence_probe import budget_grid, calibrate_prices
 from nanochat.dataloader import DataLoader
-from nanochat.elastic_step import RECIPES, ElasticStep
+from nanochat.elastic_step import RECIPES, TAUGHT, ElasticStep
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.mixture import default_data, prepare_mixture
 from nanochat.optim import setup_optimizers, state_bytes
@@ -85,8 +85,10 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
                          "--unfreeze")
     if args.predictor != "value" and not args.controls:
         raise ValueError("--predictor has no effect without --controls: add it, or drop --predictor")
-    if args.recipe == "single" and args.matryoshka and not args.sample_dim:
-        raise ValueError("--recipe single is one pass at sampled widths: add --sample-dim")
+    if args.recipe not in TAUGHT and args.matryoshka and not args.sample_dim:
+        raise ValueError(f"--recipe {args.recipe} has passes at sampled widths only: add --sample-dim")
+    if args.recipe == "split" and args.matryoshka and args.device_batch_size == 1:
+        raise ValueError("--recipe split needs at least two rows: raise --device-batch-size, or use --recipe single")
     if args.student_every < 1:
         raise ValueError(f"--student-every is {args.student_every}; it must be at least 1")
     given = {k for k, v in vars(args).items() if v != p.get_default(k)}
@@ -169,7 +171,7 @@ def main(argv=None):
     rank, world = get_rank()
 
     model = ckpt.build_model(config, "meta")
-    stages.set_trained(model, phase, gate=args.matryoshka and args.recipe != "single", boxes=boxes)
+    stages.set_trained(model, phase, gate=args.matryoshka and args.recipe in TAUGHT, boxes=boxes)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print0("parameters " + ", ".join(f"{k} {v:,}" for k, v in model.num_params().items()) + f"; trained {trained:,}")
     needed, whole = state_bytes(model)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from nanochat import distributed, optim, stages, step_checkpoint
 from nanochat.checkpoint_manager import build_model, load_state
-from nanochat.elastic_step import ElasticStep
+from nanochat.elastic_step import TAUGHT, ElasticStep
 from nanochat.growing import Init, grow
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.optim import setup_optimizers
@@ -86,7 +86,7 @@ def start_model(phase: str):
 
 
 def train(phase: str, recipe, sample: bool, path, steps: int = STEPS, nodes: int = 1, passes: int = 1, masked: bool = False,
-          draft_exit: int | None = None, **options) -> dict:
+          draft_exit: int | None = None, student_every: int = 1, **options) -> dict:
     """
     Trains on the same global batches on any number of ranks; {'losses': of each step, 'state': whole weights at the end},
     into `path` on rank 0 and returned.
@@ -95,7 +95,7 @@ def train(phase: str, recipe, sample: bool, path, steps: int = STEPS, nodes: int
     rank, world = distributed.get_rank()
     source, boxes = start_model(phase)
     model = build_model(source.config, "meta")
-    stages.set_trained(model, phase, gate=recipe not in (None, "single"), boxes=boxes)
+    stages.set_trained(model, phase, gate=recipe in TAUGHT, boxes=boxes)
     distributed.shard_model(model, distributed.make_mesh("cpu", nodes), torch.float32, **options)
     model.to_empty(device="cpu")
     if world > 1:
@@ -103,7 +103,7 @@ def train(phase: str, recipe, sample: bool, path, steps: int = STEPS, nodes: int
     else:
         load_state(model, source.state_dict(), "the test's model")
     optimizers = setup_optimizers(model, weight_decay=0.1, frozen=boxes)
-    step_of, history = ElasticStep(model, 5, steps, recipe, sample, draft_exit=draft_exit), []
+    step_of, history = ElasticStep(model, 5, steps, recipe, sample, None, student_every, draft_exit=draft_exit), []
     for step in range(steps):
         set_rates(optimizers, step, steps, 0.0, 0.5)
         g = torch.Generator().manual_seed(step)
@@ -150,7 +150,7 @@ def inject(kind: str, rank: int, at: int) -> None:
     call, check = ElasticStep.__call__, step_checkpoint._sum
 
     def step(self, number, *args):
-        if number == at and kind in ("SIGKILL", "SIGTERM"):
+        if number == at and kind in ("SIGKILL", "SIGTERM", "SIGINT"):
             os.kill(os.getpid(), getattr(signal, kind))
         return call(self, number, *args)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from conftest import randomize
 from test_scripts import fails
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat import optim, stages, step_checkpoint
-from nanochat.elastic_step import ElasticStep
+from nanochat import loss_eval, optim, stages, step_checkpoint
+from nanochat.elastic_step import TAUGHT, ElasticStep
 from nanochat.growing import Init, grow
 from nanochat.hybrid_gpt import HybridConfig
+from nanochat.mixture import prepare_mixture
 from nanochat.tokenizer import Tokenizer
+from nanochat.training import Share
 from scripts import fractal_train, surgery
 
 CASES = {
@@ -30,6 +33,8 @@ CASES = {
     "all, each level": {"phase": "unfrozen", "recipe": "both", "sample": False, "steps": 10},
     "masked, in passes": {"phase": "unfrozen", "recipe": "both", "sample": True, "masked": True, "passes": 2, "steps": 10},
     "single": {"phase": "unfrozen", "recipe": "single", "sample": True, "steps": 5},
+    "every": {"phase": "unfrozen", "recipe": "every", "sample": True, "steps": 5, "student_every": 2},
+    "split": {"phase": "unfrozen", "recipe": "split", "sample": True, "steps": 5},
     "controls": {"phase": "controls", "recipe": "controls gumbel", "sample": True},
     "controls, by value": {"phase": "controls", "recipe": "controls value", "sample": True, "steps": 8},
     "drafts": {"phase": "stage 1", "recipe": "both", "sample": True, "steps": 4, "draft_exit": 2},
@@ -60,6 +65,31 @@ def test_two_ranks_make_the_steps_of_one(two_ranks, name):
     # both optimizers make whole steps of what is only rounding, where a gradient is zero
     near = sum(torch.isclose(two["state"][k], v, atol=1e-4).sum() for k, v in one["state"].items())
     assert near > 0.95 * sum(v.numel() for v in one["state"].values())
+
+
+@pytest.mark.parametrize("recipe, passes", [
+    (None, [[(4, True)]] * 3),
+    ("both", [[(4, True), (1, False), (3, False)]] * 3),
+    ("every", [[(4, True), (1, False), (3, False)], [(4, True)], [(4, True), (1, False), (3, False)]]),
+    ("half", [[(4, True), (2, False)]] * 3),
+    ("split", [[(2, False), (2, True)]] * 3),
+    ("single", [[(4, False)]] * 3)])
+def test_a_recipe_makes_the_passes_it_promises(recipe, passes, monkeypatch):
+    """Rows of each pass, and whether it is a full one; at widths that are never all the top one."""
+    monkeypatch.setattr(loss_eval, "sample_levels", lambda levels, n, g: [levels[0]] * n)
+    model = ranks.start_model("unfrozen")[0]
+    stages.set_trained(model, "unfrozen", gate=recipe in TAUGHT)
+    step, seen, hidden = ElasticStep(model, 0, 9, recipe, student_every=2), [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, widths=None, *a: seen.append((len(idx), widths is None))
+                        or hidden(idx, widths, *a))
+    x = torch.randint(64, (4, ranks.T))
+    for number, want in enumerate(passes):
+        flops = step(number, x, x, Share(1.0, 1.0, 1.0))["flops"]
+        assert seen == want, number
+        full = sum(step.flops(None, n * ranks.T) for n, whole in seen if whole)
+        narrow = sum(step.flops(model.config.levels[0], n * ranks.T) for n, whole in seen if not whole)
+        assert full + narrow <= flops <= full + 2 * narrow  # one row of four is a level wider from somewhere on
+        seen.clear()
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -210,6 +240,46 @@ def test_a_killed_and_a_stopped_run_lose_nothing(home, cwd, tmp_path):
         assert "goes on behind the furthest" in (tmp_path / "log" / f"on{world}" / "0.log").read_text()
         assert list(losses(folder)) == list(range(7)) and losses(folder)[1] == losses(kept)[1]
     same_files(cwd / "exported1", cwd / "exported3")
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(home, cwd, capsys, monkeypatch):
+    folder, call = cwd / "fractal_checkpoints" / "t_32", ElasticStep.__call__
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)  # a terminal: with a bar
+    fractal_train.main(flags(home, cwd))
+    out = capsys.readouterr()
+    assert "7/7" in out.err and "step     6/7 | " in out.out
+    folder.rename(cwd / "whole")
+
+    def interrupted(self, step, *args, times=1):
+        if step == 3:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+        return call(self, step, *args)
+    monkeypatch.setattr(ElasticStep, "__call__", interrupted)
+    with pytest.raises(SystemExit) as e:
+        fractal_train.main(flags(home, cwd))
+    assert e.value.code == 128 + signal.SIGINT and "stopped by SIGINT: step 4 is saved" in capsys.readouterr().out
+    assert step_checkpoint.steps(folder) == [2, 4]
+    monkeypatch.setattr(ElasticStep, "__call__", call)
+    fractal_train.main(flags(home, cwd))
+    same_files(folder, cwd / "whole")
+    shutil.rmtree(folder)
+    monkeypatch.setattr(ElasticStep, "__call__", partialmethod(interrupted, times=2))
+    with pytest.raises(SystemExit):
+        fractal_train.main(flags(home, cwd))
+    assert step_checkpoint.steps(folder) == [2] and "is saved" not in capsys.readouterr().out
+
+
+def test_controls_of_a_sharded_model_get_the_prices_of_a_whole_one(home, cwd, tmp_path):
+    """Their own training is the same to rounding (above); the prices come from passes of the sharded model behind it."""
+    argv = [a for a in flags(home, cwd, 2) if a not in ("--matryoshka", "--sample-dim")] + ["--controls"]
+    ranks.together(2, ranks.fractal, argv, out=tmp_path / "log" / "two")
+    folder = cwd / "fractal_checkpoints" / "t_32_auto"
+    model, info = ckpt.load(folder).model, ckpt.load_json(folder / "config.json")
+    tokenizer = ckpt.load_tokenizer(folder, model.config)
+    whole = fractal_train.uncalibrated(model, tokenizer, prepare_mixture(str(home / "docs")))
+    assert info["calibration"]["prices"] == [pytest.approx(p, abs=1e-4) for p in whole["prices"]]
+    assert len(whole["prices"]) == 10 and any(p for _, p in whole["prices"])
 
 
 def test_torchrun_restarts_what_died(home, cwd, tmp_path):

@@ -383,8 +383,8 @@ def test_compare_steps_spends_the_same_on_every_kind(tmp_path, monkeypatch):
     result = compare_steps.main(["--steps", "2", "--more-steps", "3", "--seeds", "1", "--width", "32", "--rows", "4",
                                  "--layers", "1"])
     steps = {k: v[0] for k, v in result["steps"].items()}
-    assert steps["full passes only"] == 3 and steps["teacher and student"] == 2
-    assert steps["one pass at sampled levels"] >= steps["half the rows each, no teacher"] >= 3
+    assert steps["full passes only"] == 3 and steps["both"] == 2
+    assert steps["single"] >= steps["split"] >= 3
     assert all(len(v) == 1 and 0 < v[0] < 12 for modes in result["bpb"].values() for v in modes.values())
     assert (tmp_path / "compare_steps.json").is_file()
     with pytest.raises(SystemExit):
