@@ -342,7 +342,8 @@ def mixer_backward(dout: torch.Tensor, ys: torch.Tensor, states: torch.Tensor, z
             ddt.masked_fill_(dead, 0)
         ddt.mul_(torch.sigmoid(dt_in))
         ddt_raw.copy_(ddt)
-    return [grad, dwt.t().unsqueeze(1).to(conv_w.dtype), dbias.to(conv_b.dtype), ddt.sum((0, 1)).to(dt_bias.dtype),
+    dweight = torch.empty_like(conv_w).copy_(dwt.t().unsqueeze(1))  # compiled code relies on the strides promised below
+    return [grad, dweight, dbias.to(conv_b.dtype), ddt.sum((0, 1)).to(dt_bias.dtype),
             (dA * A).to(A_log.dtype), dD.to(D.dtype), dnw.to(norm_w.dtype)]
 
 

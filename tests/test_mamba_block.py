@@ -268,6 +268,9 @@ def test_operators_are_well_formed(op):
     s = m.new_state(2, "cpu", torch.float32)
     if op == "training":
         torch.library.opcheck(kernels.mixer, (u, *params, None, None, None, 2, 3, False, True))
+        y, ys, states, _ = kernels.mixer(u, *params, None, None, None, 2, 3, False, True)
+        tensors = [v.detach() for v in (torch.randn_like(y), ys, states, u, *params)]
+        torch.library.opcheck(kernels.mixer_backward, (*tensors, None, None, 2, 3))
         return
     args = [v.detach() for v in (u[..., 16:] if op == "write_only" else u, *params)]
     torch.library.opcheck(kernels.mixer, (*args, s.conv_state, s.ssm_state, torch.tensor([2, 5]), 2, 3,
