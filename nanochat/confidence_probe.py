@@ -18,20 +18,22 @@ import torch.nn.functional as F
 from nanochat.common import Progress
 from nanochat.matryoshka import cost_table, norm, token_flops
 
-NEW_LEVEL_LOGIT = -10.0  # of a level that growth appends, against that of the old full width: no plan of before changes
+CLOSED = -1e4  # bias of a gate's unit or a predictor's gain that growth appends: exactly 0 behind it, so no answer changes
 
 
 class ConfidenceGate(nn.Module):
     """
-    One hidden layer on the normed state, told the exit point it stands at: how sure it is that leaving here would cost
-    nothing. Its parameters stay fp32.
+    How sure it is that leaving here would cost nothing: one hidden layer on the normed state, and how far its likeliest unit
+    stands out. The units begin as the head's rows of the most frequent tokens, so that this is the peak of a small softmax,
+    for a fraction of the head's compute: no hidden layer without it came near (dev/LOG.md). Its parameters stay fp32.
     """
+    PEAK = 3  # features of the softmax over the units
     def __init__(self, width: int, n_points: int):
         super().__init__()
         hidden = min(256, max(32, width // 2))
         self.c_fc = nn.Linear(width, hidden, bias=False)
         self.point = nn.Embedding(n_points, hidden)
-        self.c_proj = nn.Linear(hidden, 1)
+        self.c_proj = nn.Linear(self.PEAK + hidden, n_points)
 
     @torch.no_grad()
     def init_weights(self):
@@ -42,49 +44,66 @@ class ConfidenceGate(nn.Module):
         nn.init.zeros_(self.c_proj.weight)
         nn.init.zeros_(self.c_proj.bias)
 
+    @torch.no_grad()
+    def resemble(self, rows: torch.Tensor) -> None:
+        """Before training: the first units become these rows (n, D) of the head, most frequent tokens first."""
+        n = min(len(rows), len(self.c_fc.weight))
+        self.c_fc.weight[:n] = rows[:n].to(self.c_fc.weight)
+
+    @torch.no_grad()
+    def admit_new_units(self) -> None:
+        """Training begins: units that growth appended take part, where no gradient would ever reach them before."""
+        self.point.weight.masked_fill_(self.point.weight <= CLOSED / 2, 0.0)
+
     def forward(self, h: torch.Tensor, point: int) -> torch.Tensor:
         """h (..., D), normed state at exit point number `point` -> logit of the confidence (...), fp32."""
-        hidden = F.relu(self.c_fc(h.float()) + self.point.weight[point]).square()
-        return self.c_proj(hidden)[..., 0]
+        units = self.c_fc(h.float()) + self.point.weight[point]
+        first, second = units.topk(2, -1).values.split(1, -1)
+        likeliest = (first - units.logsumexp(-1, keepdim=True)).clamp(max=-1e-6)  # log-probability
+        others = torch.log(-torch.expm1(likeliest))
+        features = torch.cat((likeliest, others, first - second, F.relu(units).square()), -1)
+        return features @ self.c_proj.weight[point] + self.c_proj.bias[point]
 
     @property
     def flops(self) -> int:
-        """Of one token at one exit point."""
-        return 2 * (self.c_fc.weight.numel() + self.c_proj.weight.numel())
+        """Of one token at one exit point; an exponential and a logarithm count as one."""
+        hidden, width = self.c_fc.weight.shape
+        return 2 * hidden * width + 6 * hidden + 2 * (self.PEAK + hidden)
 
 
 class LayerDimPredictor(nn.Module):
     """
-    Also called difficulty estimator: from the embeddings of a prompt and a compute budget, a logit for every level of every
-    block: log-odds, or the value in nats of running the block at that level, as it was trained (loss_eval.py).
-    Each token's features are pooled by mean and by maximum. Its parameters stay fp32; out is (n_block, n_levels, hidden) so
-    that growth appends levels behind the old ones. The budget enters as bumps along (0, 1]: as a single number beside so
-    many features it was ignored. Logits are capped: they ran into the hundreds, where no draw shows another level
-    (dev/LOG.md).
+    Also called difficulty estimator: from the embeddings of a prompt and a compute budget, the value of running every block
+    at every level: in nats, or as log-odds, as it was trained (loss_eval.py). A level's value is that of the one below and a
+    gain above 0: wider is never worse, and where nothing tells levels apart compute has a price and noise none (dev/LOG.md).
+    Each token's features are pooled by mean and by maximum. Its parameters stay fp32; out is (n_block, n_levels - 1, hidden)
+    so that growth appends levels behind the old ones. The budget enters as bumps along (0, 1]: as a single number beside so
+    many features it was ignored. What makes the gains is capped: it ran into the hundreds, where no draw shows another
+    level.
     """
-    BUMPS, CAP = 8, 6.0
+    BUMPS, CAP, BIAS, ADMITTED = 8, 6.0, -1.0, -3.0  # biases of a level's gain: untrained, and first trained behind growth
     def __init__(self, width: int, n_block: int, n_levels: int):
         super().__init__()
         hidden = min(256, max(64, width // 2))
         self.c_in = nn.Linear(width, hidden, bias=False)
         self.c_mid = nn.Linear(2 * hidden + 1 + self.BUMPS, hidden)
-        self.out_weight = nn.Parameter(torch.empty(n_block, n_levels, hidden))
-        self.out_bias = nn.Parameter(torch.empty(n_block, n_levels))
+        self.out_weight = nn.Parameter(torch.empty(n_block, n_levels - 1, hidden))
+        self.out_bias = nn.Parameter(torch.empty(n_block, n_levels - 1))
 
     @torch.no_grad()
     def init_weights(self):
-        """The last layer is zero: an untrained predictor finds all levels alike."""
+        """The last layer's weights are zero: an untrained predictor finds all prompts alike."""
         for layer in (self.c_in, self.c_mid):
             bound = (3 / layer.in_features) ** 0.5
             nn.init.uniform_(layer.weight, -bound, bound)
         nn.init.zeros_(self.c_mid.bias)
         nn.init.zeros_(self.out_weight)
-        nn.init.zeros_(self.out_bias)
+        nn.init.constant_(self.out_bias, self.BIAS)
 
     def forward(self, e: torch.Tensor, valid: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
         """
         e (B, T, D) normed embeddings, of which those with valid (B, T) bool are the prompt (at least one a row); budget
-        (B,) in (0, 1] -> logits (B, n_block, n_levels), fp32.
+        (B,) in (0, 1] -> values (B, n_block, n_levels), fp32, ascending from 0.
         """
         f = F.silu(self.c_in(e.float()))
         on = valid.unsqueeze(-1)
@@ -94,22 +113,29 @@ class LayerDimPredictor(nn.Module):
         centres = torch.arange(1, self.BUMPS + 1, device=e.device) / self.BUMPS
         bumps = 4 * torch.exp(-((budget.float()[:, None] - centres) * self.BUMPS).square())
         hidden = F.silu(self.c_mid(torch.cat((mean, top, count.float().log2() / 8, bumps), -1)))
-        logits = torch.einsum("bh,nlh->bnl", hidden, self.out_weight)
-        return self.CAP * torch.tanh(logits / self.CAP) + self.out_bias  # not capped: growth puts new levels far below
+        raw = torch.einsum("bh,nlh->bnl", hidden, self.out_weight)
+        gain = F.softplus(self.CAP * torch.tanh(raw / self.CAP) + self.out_bias)
+        return F.pad(gain.cumsum(-1), (1, 0))
 
     @torch.no_grad()
     def admit_new_levels(self) -> None:
-        """
-        Training begins: levels that growth put far below the others become as good as the one before each, or a
-        regression of values would take a thousand steps to see them. Ties go to the narrower level, so plans stay.
-        """
-        for level in range(1, self.out_bias.size(1)):
-            far = self.out_bias[:, level] <= self.out_bias[:, level - 1] + NEW_LEVEL_LOGIT
-            self.out_bias[:, level] = torch.where(far, self.out_bias[:, level - 1], self.out_bias[:, level])
+        """Training begins: levels that growth appended gain a little, where no gradient would ever reach them before."""
+        self.out_bias.masked_fill_(self.out_bias <= CLOSED / 2, self.ADMITTED)
 
     def flops(self, tokens: int) -> int:
         """Of one prompt."""
         return 2 * (tokens * self.c_in.weight.numel() + self.c_mid.weight.numel() + self.out_weight.numel())
+
+
+def log_odds(values: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """
+    Values (B, n_block, n_levels), all ascending, as log-odds that can fall too: minus the price of compute at which an
+    untrained predictor finds the narrowest and the widest plan alike, and all that fourfold, or no narrow level could become
+    nearly certain. shares (n_block, n_levels), see level_shares.
+    """
+    n_block, n_levels = shares.shape
+    alike = n_block * (n_levels - 1) * math.log1p(math.exp(LayerDimPredictor.BIAS))
+    return 4 * (values - alike / float((shares[:, -1] - shares[:, 0]).sum()) * shares.to(values))
 
 
 def gumbel_choice(logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None, rank: int = 0,
@@ -140,16 +166,16 @@ def random_price(u: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def draw_plans(logits: torch.Tensor, shares: torch.Tensor, generator: torch.Generator | None = None, rank: int = 0,
+def draw_plans(values: torch.Tensor, shares: torch.Tensor, generator: torch.Generator | None = None, rank: int = 0,
                world: int = 1) -> torch.Tensor:
     """
     Plans to learn values from, indices of levels (B, n_block): near the best at a price of compute that each row draws for
-    itself; in a quarter of the rows at random. logits (B, n_block, n_levels) in nats, shares (n_block, n_levels). rank,
+    itself; in a quarter of the rows at random. values (B, n_block, n_levels) in nats, shares (n_block, n_levels). rank,
     world: see gumbel_choice.
     """
-    price, blind = torch.rand(2, len(logits) * world, 1, 1, generator=generator)[:, rank::world].to(logits.device)
-    wish = (logits - random_price(price) * shares.to(logits)) / 0.3
-    return (torch.where(blind < 0.25, 0, wish) + _gumbel(logits, generator, rank, world)).argmax(-1)
+    price, blind = torch.rand(2, len(values) * world, 1, 1, generator=generator)[:, rank::world].to(values.device)
+    wish = (values - random_price(price) * shares.to(values)) / 0.3
+    return (torch.where(blind < 0.25, 0, wish) + _gumbel(values, generator, rank, world)).argmax(-1)
 
 
 def gumbel_temperature(step: int, total: int) -> float:
@@ -207,8 +233,8 @@ class Controls:
         """The levels of every block for each prompt, (rows, n_block) int64; they are remembered as `widths`."""
         if any(not p for p in prompts):
             raise ValueError("the prompt is empty: give at least one token, such as <|bos|>")
-        logits = predict(self.model, *pad(prompts, self.model.device), self.budget).cpu()
-        self.widths = choose(logits, self.levels, self.shares, self.price)
+        values = predict(self.model, *pad(prompts, self.model.device), self.budget).cpu()
+        self.widths = choose(values, self.levels, self.shares, self.price)
         return self.widths
 
     def parallel(self, x: torch.Tensor, prompts: list[list[int]], acts: torch.Tensor, watch=None):
@@ -295,19 +321,19 @@ def pad(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def predict(model, idx: torch.Tensor, valid: torch.Tensor, budget) -> torch.Tensor:
-    """The predictor's logits (B, n_block, n_levels) for prompts idx (B, T), valid (B, T); budget: a number or (B,)."""
+    """The predictor's values (B, n_block, n_levels) for prompts idx (B, T), valid (B, T); budget: a number or (B,)."""
     c = model.config
     e = norm(model.embed(model.transformer.wte, idx), c.d_ref, c.norm_eps).detach()
     budget = torch.as_tensor(budget, dtype=torch.float32, device=idx.device).expand(len(idx))
     return model.predictor(e, valid, budget)
 
 
-def choose(logits: torch.Tensor, levels: torch.Tensor, shares: torch.Tensor, price: float) -> torch.Tensor:
+def choose(values: torch.Tensor, levels: torch.Tensor, shares: torch.Tensor, price: float) -> torch.Tensor:
     """
-    The likeliest level of each block after each level has paid for its compute: logits (B, n_block, n_levels), shares
-    (n_block, n_levels) of the full compute, price in nats per whole model -> widths (B, n_block) int64.
+    The best level of each block after each level has paid for its compute, of equal ones the narrower: values (B, n_block,
+    n_levels), shares (n_block, n_levels) of the full compute, price in nats per whole model -> widths (B, n_block) int64.
     """
-    return levels[(logits.double() - price * shares).argmax(-1)]
+    return levels[(values.double() - price * shares).argmax(-1)]
 
 
 def _interpolate(points: list, at: float) -> float:
@@ -332,11 +358,11 @@ def calibrate_prices(model, prompts: list[list[int]], budgets: list[float]) -> l
     idx, valid = pad(prompts, model.device)
     out = []
     for budget in budgets:
-        logits = predict(model, idx, valid, budget).cpu()
-        low, high = -1e4, 1e4  # a higher price, a lower cost
+        values = predict(model, idx, valid, budget).cpu()
+        low, high = 0.0, 1e4  # a higher price, a lower cost
         for _ in range(60):
             price = (low + high) / 2
-            at = torch.searchsorted(levels, choose(logits, levels, shares, price))
+            at = torch.searchsorted(levels, choose(values, levels, shares, price))
             cost = float(shares.gather(1, at.T).sum(0).mean()) + rest
             low, high = (price, high) if cost > budget else (low, price)
         out.append([budget, (low + high) / 2])

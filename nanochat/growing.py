@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanochat.checkpoint_manager import build_model, optimizer_names
-from nanochat.confidence_probe import NEW_LEVEL_LOGIT
+from nanochat.confidence_probe import CLOSED
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
 from nanochat.mamba_block import Mamba2
 from nanochat.streaming import Leaf, State, seed_of, seeded, shapes_of
@@ -187,11 +187,8 @@ class Growth:
                 draw(old[rows], out[place_of_old.start:new.stop], self.init, self.new.n_embd ** -0.5, generator)
         elif name.endswith(SSM):
             self._reference(name, out, before[0], after[0])
-        elif name in ("predictor.out_weight", "predictor.out_bias"):
-            # a new level is the old full width, far less likely: whatever the prompt, it is never the likeliest
-            out[:, was[1]:] = out[:, was[1] - 1:was[1]]
-            if name == "predictor.out_bias":
-                out[:, was[1]:] += NEW_LEVEL_LOGIT
+        elif name in ("predictor.out_bias", "gate.point.weight"):
+            out[:, was[1]:] = CLOSED  # a new level gains nothing over the old full width, a new unit is off
         return out
 
     def _reference(self, name, out, before, after):

@@ -18,6 +18,7 @@ from nanochat.confidence_probe import (
     draw_plans,
     gumbel_choice,
     level_shares,
+    log_odds,
     predict,
     random_price,
 )
@@ -272,7 +273,8 @@ def predictor_loss(model, x, y, starts, budget: float, temperature: float, gener
     T, c = x.size(1), model.config
     t = torch.arange(T, device=x.device)
     starts = starts.to(x.device)[:, None]
-    choice = gumbel_choice(predict(model, x, t < starts, budget), temperature, generator, rank, world)
+    odds = log_odds(predict(model, x, t < starts, budget), level_shares(model)[0])
+    choice = gumbel_choice(odds, temperature, generator, rank, world)
     table, fixed = cost_table(model, c.sequence_len / 2)
     # what learns otherwise is left out here; where a model is sharded, nothing but the controls learns
     frozen = {name: p.detach() for name, p in model.named_parameters()
@@ -298,13 +300,13 @@ def value_loss(model, x, y, starts, full: torch.Tensor, generator, rank: int = 0
     starts = starts.to(x.device)[:, None]
     (shares, floor), levels = level_shares(model), torch.tensor(c.levels)
     any_budget = torch.rand(B * world, generator=generator)[rank::world]  # it plays no part: only prices do
-    logits = predict(model, x, t < starts, any_budget)
-    at = draw_plans(logits, shares, generator, rank, world)
+    values = predict(model, x, t < starts, any_budget)
+    at = draw_plans(values, shares, generator, rank, world)
     answer = torch.where(t >= starts - 1, y, -1)
     with torch.no_grad():
         kl, _ = model(x, answer, widths=levels[at.cpu()], teacher=full, reduction="none")
         kl = ANSWER * kl.view(B, T).sum(1) / (answer >= 0).sum(1).clamp(min=1)
-    lost = (logits[..., -1] - logits.gather(2, at.unsqueeze(2))[..., 0]).sum(1)
+    lost = (values[..., -1] - values.gather(2, at.unsqueeze(2))[..., 0]).sum(1)
     loss = F.mse_loss(F.softsign(lost), F.softsign(kl))
     share = shares.gather(1, at.T.cpu()).sum(0).mean() + floor - shares[:, 0].sum()
     return loss, {"kl": kl.mean(), "share": share}

@@ -21,6 +21,7 @@ from nanochat.confidence_probe import (
     fixed_sequence,
     gumbel_choice,
     level_shares,
+    log_odds,
     p_value,
     pad,
     pareto_path,
@@ -51,7 +52,8 @@ def controls(model, budget=0.8):
         x = torch.randn(200, model.config.n_embd, generator=torch.Generator().manual_seed(0))
         x = norm(x, model.config.d_ref, model.config.norm_eps)
         sure = torch.cat([torch.sigmoid(model.gate(x, k)) for k in range(len(model.config.exit_points))])
-    return Controls(model, budget, exit_threshold=float(sure.quantile(0.7)), expand_threshold=float(sure.quantile(0.5)))
+    return Controls(model, budget, exit_threshold=float(sure.quantile(0.7)), expand_threshold=float(sure.quantile(0.5)),
+                    calibration={"prices": calibrate_prices(model, PROMPTS, [budget])})
 
 
 def answer(model, prompts, n=14):
@@ -205,7 +207,7 @@ def test_values_are_fitted_to_what_plans_cost(hybrid, tokens):
         want *= ANSWER / (answer >= 0).sum(1)
     optimizer = torch.optim.Adam(hybrid.predictor.parameters(), lr=0.003)
     generator, losses = torch.Generator().manual_seed(3), []
-    for _ in range(150):
+    for _ in range(300):
         loss, seen = value_loss(hybrid, tokens, tokens, starts, full, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -214,8 +216,9 @@ def test_values_are_fitted_to_what_plans_cost(hybrid, tokens):
     assert grads(hybrid) == {n for n, _ in hybrid.named_parameters() if n.startswith("predictor.")}
     assert 0 < float(seen["share"]) <= 1 and float(seen["kl"]) > 0
     assert sum(losses[-20:]) < 0.1 * sum(losses[:20])
-    logits = predict(hybrid, tokens, torch.arange(tokens.size(1)) < starts[:, None], 0.5)
-    got = (logits[..., -1] - logits[..., 0]).sum(1).detach()
+    values = predict(hybrid, tokens, torch.arange(tokens.size(1)) < starts[:, None], 0.5)
+    assert (values[..., 0] == 0).all() and (values.diff(dim=-1) > 0).all()
+    got = (values[..., -1] - values[..., 0]).sum(1).detach()
     torch.testing.assert_close(F.softsign(got), F.softsign(want), atol=0.05, rtol=0)
 
 
@@ -229,6 +232,14 @@ def test_energy_decides_which_plans_values_are_learned_from():
     assert float((at == 2).all(1).float().mean()) == pytest.approx(0.75 + 0.25 * (0.5 / 3 + 0.5 / 81), abs=0.03)
 
 
+def test_an_untrained_predictor_finds_the_extremes_alike_for_gumbel(hybrid, tokens):
+    hybrid.predictor.init_weights()
+    shares, _ = level_shares(hybrid)
+    odds = log_odds(predict(hybrid, tokens, tokens >= 0, 0.5), shares)
+    torch.testing.assert_close(odds[..., -1].sum(1), odds[..., 0].sum(1))
+    assert (odds.diff(dim=-1) < 0).any() and (odds.diff(dim=-1) > 0).any()  # both directions are open
+
+
 def test_controls_learn_alone(hybrid, tokens):
     for temperature in (None, 0.5):
         hybrid.zero_grad()
@@ -240,6 +251,22 @@ def test_controls_learn_alone(hybrid, tokens):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_gate_that_resembles_the_head_sees_its_peak(hybrid):
+    """Reading one feature alone, it answers the log-probability of the likeliest of the tokens whose rows it took."""
+    gate, rows = hybrid.gate, hybrid.lm_head.weight[torch.randperm(300)]
+    n = len(gate.c_fc.weight)
+    gate.resemble(rows)
+    gate.point.weight.zero_(), gate.c_proj.weight.zero_(), gate.c_proj.bias.zero_()
+    h = 3 * torch.randn(5, 4, hybrid.config.n_embd)
+    assert (gate(h, 1) == 0).all()
+    gate.c_proj.weight[:, 0] = 1
+    torch.testing.assert_close(gate(h, 1), (h @ rows[:n].T).log_softmax(-1).amax(-1), atol=1e-5, rtol=1e-5)
+    gate.c_proj.weight[:, 1] = -1  # log-probability less that of all others: the logit
+    want = (h @ rows[:n].T).double().softmax(-1).amax(-1).logit().float()
+    torch.testing.assert_close(gate(h, 0), want, atol=1e-3, rtol=1e-3)
+
+
 def test_the_predictor_sees_the_prompt_alone(hybrid, tokens):
     valid = torch.arange(48) < torch.tensor([[10], [25]])
     before = predict(hybrid, tokens, valid, 0.5)

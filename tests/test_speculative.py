@@ -281,6 +281,7 @@ def test_drafts_that_are_always_right_grow_long(clocked, monkeypatch):
     prompt = PROMPTS[0]
     want = clocked.answers([prompt], 50, temperature=0)
     scripted(monkeypatch, [prompt], want, [8])
+    monkeypatch.setattr(clocked.model.gate, "forward", lambda h, i: torch.full(h.shape[:2], 0.99).logit())
     assert clocked.answers([prompt], 50, **options()) == want
     trace = clocked.traces[0]
     assert not trace.notes and max(r.drafted for r in trace.rounds) == 8 and len(trace.rounds) < 12

@@ -49,13 +49,13 @@ def test_answers_are_right_and_thirds_equal():
 
 
 def test_splits_never_overlap():
-    sets = {s: {i.prompt for i in draw_many(3, 3000, s)} for s in ("train", "test", "calibration")}
+    sets = {s: {i.prompt for i in draw_many(3, 3000, s)} for s in ("train", "test", "calibration", "controls")}
     for name, prompts in sets.items():
         assert {split_of(p) for p in prompts} == {name}
     rng = random.Random(0)
     for group in TASKS.values():  # every task has instances in every split
         for make in group.values():
-            assert {split_of(make(rng)[0]) for _ in range(400)} == {"train", "test", "calibration"}
+            assert {split_of(make(rng)[0]) for _ in range(400)} == {"train", "test", "calibration", "controls"}
 
 
 def test_only_answers_are_supervised(encoder):
@@ -84,7 +84,8 @@ def test_judging_equals_generating(encoder):
     engine = Engine(model, encoder.tokenizer)
 
     def control():  # a score that a barely trained gate cannot be: all actions occur
-        return Controls(model, 0.8, 0.6, 0.4, score=lambda i, x: (9 * x[..., :2].sum(-1) + i).sin() / 2 + 0.5)
+        return Controls(model, 0.8, 0.6, 0.4, {"prices": [[0.8, 1.0]]},
+                        score=lambda i, x: (9 * x[..., :2].sum(-1) + i).sin() / 2 + 0.5)
     out = [[] for _ in prompts]
     for pairs in engine.stream([encoder.prompt(i) for i in prompts], 5, mode="auto", temperature=0, control=control()):
         for r, token in pairs:

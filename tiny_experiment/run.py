@@ -26,6 +26,7 @@ from nanochat.confidence_probe import (
     fixed_sequence,
     tune,
 )
+from nanochat.distributed import reduce_whole
 from nanochat.engine import Engine, Trace, prepare_inference
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.loss_eval import Shadow, controls_backward, gate_loss, matryoshka_backward, sample_students
@@ -51,7 +52,7 @@ class Settings:
     pieces: int = 4
     control_steps: int = 300
     control_rows: int = 128
-    calibration: int = 4000  # an eighth of them says what to test
+    calibration: int = 4500  # a fifth of them says what to test
     test: int = 900
     swept: int = 450  # of the test instances, for the curves
     timed: int = 90
@@ -86,12 +87,7 @@ def pieces_of(instances: list, s: Settings) -> list[tuple[int, list]]:
 
 def finish_step(model, optimizers) -> None:
     """Sums the gradients of all processes and steps; each piece's loss was scaled by its share of the whole batch."""
-    if get_rank()[1] > 1:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        torch.distributed.all_reduce(flat)
-        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(part.view_as(g))
+    reduce_whole(model.parameters())
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)
@@ -127,13 +123,16 @@ def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict
     """Gate and predictor on the finished model; the losses of each step."""
     set_trained(model, "controls")
     model.compute_dtype = torch.float32
+    _, y, _ = encoder.batch(draw_many(seed, 1000, "controls"))
+    count = y[y >= 0].bincount()
+    model.gate.resemble(model.lm_head.weight[count.argsort(descending=True, stable=True)[:int((count > 0).sum())]])
     optimizers = setup_optimizers(model, control_lr=0.01)
     progress, history = Progress("controls", s.control_steps), []
     for step in range(s.control_steps):
         set_rates(optimizers, step, s.control_steps, *SCHEDULE)
         rank, world = get_rank()
         number = (seed * 1_000_003 + step) * world + rank
-        x, y, starts = encoder.batch(draw_many(number + 500_000, s.control_rows // world, "train"))
+        x, y, starts = encoder.batch(draw_many(number, s.control_rows // world, "controls"))
         generator = torch.Generator().manual_seed(number)
         y = at_most(3, y, generator)  # or the long answers of easy tasks would speak for all
         losses = controls_backward(model, x, y, starts, generator, tokens=512, scale=1 / world)
@@ -401,7 +400,7 @@ def measure(model, encoder: Encoder, seed: int, s: Settings, first: dict, folder
     test, swept = Judge(model, encoder, instances), Judge(model, encoder, instances[:s.swept])
     prepare_inference(model, "cpu", torch.float32)
     held_out = draw_many(seed, s.calibration, "calibration")
-    n = s.calibration // 8
+    n = s.calibration // 5
     calibration, losses = calibrate_answers(*(Judge(model, encoder, part) for part in (held_out[:n], held_out[n:])))
     budget, prices = calibration["budget"] or 1.0, calibration["prices"]
     calibration["budget"] = budget  # where nothing passed, full compute

@@ -79,8 +79,12 @@ TASKS = {"easy": {"copy": _copy, "twice": _twice}, "medium": {"count": _count, "
 
 
 def split_of(prompt: str) -> str:
-    """'test' for two instances in ten, 'calibration' for one, 'train' for the rest."""
-    return {0: "test", 1: "test", 2: "calibration"}.get(zlib.crc32(prompt.encode()) % 10, "train")
+    """
+    'test' for 15 % of all instances, 'calibration' and 'controls' for half as many each, 'train' for the rest. The controls
+    learn from instances that the model was not trained on: what it knows by heart looks easy at any width.
+    """
+    at = zlib.crc32(prompt.encode()) % 40
+    return "test" if at < 6 else "calibration" if at < 9 else "controls" if at < 12 else "train"
 
 
 def draw(rng: random.Random, difficulty: str, split: str) -> Instance:
