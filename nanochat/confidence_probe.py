@@ -40,9 +40,8 @@ class ConfidenceGate(nn.Module):
         """The last layer is zero: an untrained gate answers 0.5, and so it shows that it is untrained."""
         bound = (3 / self.c_fc.in_features) ** 0.5
         nn.init.uniform_(self.c_fc.weight, -bound, bound)
-        nn.init.zeros_(self.point.weight)
-        nn.init.zeros_(self.c_proj.weight)
-        nn.init.zeros_(self.c_proj.bias)
+        for p in (self.point.weight, self.c_proj.weight, self.c_proj.bias):
+            p.zero_()  # and empty where the model has no exit point
 
     @torch.no_grad()
     def resemble(self, rows: torch.Tensor) -> None:
@@ -97,8 +96,8 @@ class LayerDimPredictor(nn.Module):
             bound = (3 / layer.in_features) ** 0.5
             nn.init.uniform_(layer.weight, -bound, bound)
         nn.init.zeros_(self.c_mid.bias)
-        nn.init.zeros_(self.out_weight)
-        nn.init.constant_(self.out_bias, self.BIAS)
+        self.out_weight.zero_()  # both are empty where there is one level only
+        self.out_bias.fill_(self.BIAS)
 
     def forward(self, e: torch.Tensor, valid: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
         """

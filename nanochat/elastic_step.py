@@ -76,7 +76,8 @@ class ElasticStep:
                     (loss * weight).backward()
                     total, flops = total + loss.detach() * weight, flops + self.flops(widths, x[at].numel())
             return {"loss": total, "flops": flops}
-        at = tokens_of_rows(y >= 0, GATE_TOKENS, g, rank, world)
+        # a single pair of blocks has no exit for a gate to learn at
+        at = tokens_of_rows(y >= 0, GATE_TOKENS, g, rank, world) if config.exit_points else None
         students = self._students(step, rows, T, splits, g, rank, world) + drafts
         by_width = {}
         losses = matryoshka_backward(model, x, y, students, share.tokens, at, share.gate, by_width)

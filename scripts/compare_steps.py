@@ -3,8 +3,9 @@ What a training step should do with its compute: the teacher's pass, the student
 
     python -m scripts.compare_steps --json steps.json
 
-A small hybrid is trained on the embedded text at full width, then goes on with each of fractal_train's recipes until the
-same FLOPs are spent, with the learning rate falling along those FLOPs. Bits per byte at every mode, mean and standard
+A small hybrid is trained on the embedded text at full width, then goes on whole (--phase unfrozen); or a small base is
+trained, made a hybrid, and goes on in stage 1, with the base frozen (--phase "stage 1"). Either way each of fractal_train's
+recipes spends the same FLOPs, with the learning rate falling along those. Bits per byte at every mode, mean and standard
 deviation over seeds, say which is best.
 """
 import argparse
@@ -23,6 +24,7 @@ from nanochat.elastic_step import TAUGHT, ElasticStep
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.optim import setup_optimizers
 from nanochat.stages import set_trained
+from nanochat.surgery import insert
 from nanochat.training import Share, set_rates
 from scripts.compare_surgery import T, Text, small_base, train
 
@@ -34,7 +36,9 @@ KINDS = {"full passes only": (None, 1), "both": ("both", 1), "every 2nd step": (
 
 def compare(args) -> dict:
     """Bits per byte by kind, by mode, a list over seeds; and the steps that each kind made."""
-    config = replace(HybridConfig.from_base(small_base(args)), mamba_headdim=16, mamba_group_width=48, mamba_d_state=32)
+    config = small_base(args)
+    if args.phase == "unfrozen":
+        config = replace(HybridConfig.from_base(config), mamba_headdim=16, mamba_group_width=48, mamba_d_state=32)
     text = Text(args.steps + 4 * args.more_steps, args.rows)
     result = {"settings": vars(args), "bpb": {}, "steps": {}}
     for seed in range(args.seeds):
@@ -42,10 +46,14 @@ def compare(args) -> dict:
         start = build_model(config)
         start.init_weights()
         before = train(start, text, 0, args.steps)[-1][1]
+        if args.phase == "stage 1":
+            start = insert(start, seed)
         print0(f"seed {seed}: {start.num_params()['total']:,} parameters, {before:.4f} bits/byte after {args.steps} steps")
         for name, (recipe, every) in KINDS.items():
+            if args.kinds and name not in args.kinds:
+                continue
             model, t0 = copy.deepcopy(start), time.perf_counter()
-            set_trained(model, "unfrozen", gate=recipe in TAUGHT)
+            set_trained(model, args.phase, gate=recipe in TAUGHT)
             spent, steps = 0.0, 0
             backward = ElasticStep(model, seed, args.more_steps, recipe, student_every=every)
             total = args.more_steps * backward.flops(None, args.rows * T)
@@ -58,7 +66,7 @@ def compare(args) -> dict:
                     opt.step()
                 model.zero_grad(set_to_none=True)
                 steps += 1
-            got = {mode: text.bpb(model, mode) for mode in config.distinct_modes}
+            got = {mode: text.bpb(model, mode) for mode in model.config.distinct_modes}
             for mode, value in got.items():
                 result["bpb"].setdefault(name, {}).setdefault(mode, []).append(value)
             result["steps"].setdefault(name, []).append(steps)
@@ -87,6 +95,9 @@ def main(argv=None):
     p.add_argument("--more-steps", type=int, default=400, help="full steps whose FLOPs each kind may spend (default: 400)")
     p.add_argument("--rows", type=int, default=8, help=f"of {T} tokens in a step (default: 8)")
     p.add_argument("--lr-scale", type=float, default=0.5, help="of the rates in the comparison (default: 0.5)")
+    p.add_argument("--phase", choices=["unfrozen", "stage 1"], default="unfrozen",
+                   help="what is trained (default: unfrozen)")
+    p.add_argument("--kinds", nargs="+", choices=list(KINDS), default=None, help="which to compare (default: all)")
     p.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     p.add_argument("--json", default=None, help="file for all figures (default: NANOCHAT_BASE_DIR/compare_steps.json)")
     args = p.parse_args(argv)

@@ -387,5 +387,8 @@ def test_compare_steps_spends_the_same_on_every_kind(tmp_path, monkeypatch):
     assert steps["single"] >= steps["split"] >= 3
     assert all(len(v) == 1 and 0 < v[0] < 12 for modes in result["bpb"].values() for v in modes.values())
     assert (tmp_path / "compare_steps.json").is_file()
+    result = compare_steps.main(["--steps", "2", "--more-steps", "2", "--seeds", "1", "--width", "32", "--rows", "4",
+                                 "--layers", "1", "--phase", "stage 1", "--kinds", "both", "split"])
+    assert result["steps"].keys() == {"both", "split"}
     with pytest.raises(SystemExit):
         compare_steps.main(["--rows", "1"])
