@@ -11,7 +11,7 @@ from nanochat.hybrid_gpt import HybridConfig, HybridGPT
 from nanochat.matryoshka import sample_levels
 from nanochat.monitor import PEAK_FLOPS
 from nanochat.optim import group_of
-from nanochat.stages import frozen_boxes, set_trained
+from nanochat.stages import frozen_boxes, set_trained, trained_entries
 from nanochat.training import pass_flops
 
 WIDTHS = {1: 2048, 2: 2560, 3: 4096}
@@ -46,12 +46,7 @@ def d32_stages() -> list[Stage]:
 
 def parameters(stage: Stage) -> dict[str, int]:
     """Counts by part, and how many entries are trained."""
-    trained = 0
-    for name, p in stage.model.named_parameters():
-        if p.requires_grad:
-            old = sum(torch.Size(s.stop - s.start for s in box).numel() for box in (stage.boxes or {}).get(name, ()))
-            trained += p.numel() - old
-    return stage.model.num_params() | {"trained": trained}
+    return stage.model.num_params() | {"trained": trained_entries(stage.model, stage.boxes)}
 
 
 def modes(stage: Stage, context: int) -> dict[str, dict[str, float]]:

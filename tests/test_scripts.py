@@ -219,6 +219,20 @@ def test_a_changed_source_is_noticed(home, cwd, capsys):
     fails(capsys, fractal_train.main, [*args, str(cwd / "hybrid_checkpoints/d2_64")], "source_sha256", "--fresh")
 
 
+def test_the_default_length_counts_new_entries_alone(home, cwd, capsys):
+    """20 tokens for each entry that stage 2 changes: the old corners of grown tensors are none of these."""
+    surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
+    surgery.main(["--expand-from", "64", "--tag", "d2", "--new-dim", "128"])
+    grown = cwd / "hybrid_checkpoints/d2_128"
+    with pytest.raises(SystemExit):  # it says what it would do, and finds nothing to export
+        fractal_train.main(["--checkpoint", str(grown), "--data", str(home / "docs"), *SMALL, "--export"])
+    old, new = (ckpt.load(p).model for p in (cwd / "hybrid_checkpoints/d2_64", grown))
+    kept = sum(p.numel() for n, p in language_parameters(old).items() if ".mamba." not in n)
+    trained = sum(p.numel() for p in language_parameters(new).values()) - kept
+    out = capsys.readouterr().out
+    assert f"; trained {trained:,}\n" in out and f"\nsteps {round(20 * trained / 256):,};" in out
+
+
 def test_a_fresh_model_of_a_sub_models_size(home, cwd):
     surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
     hybrid = str(cwd / "hybrid_checkpoints/d2_64")
