@@ -14,14 +14,12 @@ import torch.multiprocessing as mp
 from nanochat import distributed, optim
 from nanochat.checkpoint_manager import build_model
 from nanochat.common import get_compute_dtype
+from nanochat.elastic_step import ElasticStep
 from nanochat.gpt import GPTConfig
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.loss_eval import Student, matryoshka_backward
 from nanochat.stages import set_trained
-from nanochat.training import pass_flops
 from scripts.bench_tools import median_ratio, paired_times
-
-CONTEXT = 256.5  # positions that a token of 512 sees on average
 
 
 def muon_flops(model) -> float:
@@ -47,9 +45,9 @@ def bench_stages(model, rounds: int) -> dict:
     whisper = model.config.modes["whisper"]
     times = paired_times({"full": lambda: step(model), "stage 1": lambda: step(first),
                           "student": lambda: step(model, [Student(whisper)])}, rounds)
-    flops = {k: pass_flops(m, None, CONTEXT) * x.numel() + muon_flops(m) for k, m in (("full", model), ("stage 1", first))}
-    # the KL runs the head a second time forward, on the teacher's states
-    flops["student"] = flops["full"] + (pass_flops(model, whisper, CONTEXT) + model.cost()["head"].matmul) * x.numel()
+    counts = {k: ElasticStep(m, seed=0, steps=1, recipe="both") for k, m in (("full", model), ("stage 1", first))}
+    flops = {k: count.flops(None, x.numel()) + muon_flops(count.model) for k, count in counts.items()}
+    flops["student"] = flops["full"] + counts["full"].student_flops([Student(whisper)], x)
     out = {}
     for kind, name in (("stage 1", "a stage-1 step"), ("student", "a step with a student pass at whisper")):
         measured, predicted = median_ratio(times, kind, "full"), flops[kind] / flops["full"]

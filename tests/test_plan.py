@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nanochat.checkpoint_manager import load_json
+from nanochat.elastic_step import ElasticStep
 from nanochat.hybrid_gpt import HybridConfig, stays_fp32
+from nanochat.loss_eval import Student
 from scripts import plan, plan_memory, plan_tables
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +73,20 @@ def test_flops_of_a_step():
     assert narrow < whole["student"] < whole["teacher"] + forward["head"]
     base = 2 * sum(p.numel() for n, p in model.named_parameters() if re.search(r"attn\.c_|lm_head|h\.[02]\.mlp", n))
     assert whole["teacher"] - frozen["teacher"] == pytest.approx(base, rel=0.01)  # the value embeddings' gates are trained
+
+
+def test_a_student_pays_for_its_teachers_logits(hybrid):
+    """What a step counts beyond the pass itself is what torch counts for the KL beyond a cross-entropy."""
+    x = torch.randint(300, (2, 8))
+    step = ElasticStep(hybrid, seed=0, steps=1, recipe="both")
+    more = step.student_flops([Student("normal"), Student("ghost", stop=1)], x) \
+        - step.flops("normal", 16) - step.flops("ghost", 8)
+
+    def counted(**teacher):
+        with FlopCounterMode(display=False) as counter:
+            hybrid.lm_head.loss(torch.ones(3, 8, 64), torch.zeros(3, 8, dtype=torch.long), **teacher)
+        return counter.get_total_flops()
+    assert more == counted(teacher=torch.ones(3, 8, 64)) - counted() > 0
 
 
 def test_the_command(d32, tmp_path, capsys):
