@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nanochat import mixture
 from nanochat.checkpoint_manager import load_json
 from nanochat.elastic_step import ElasticStep
 from nanochat.hybrid_gpt import HybridConfig, stays_fp32
@@ -145,7 +146,10 @@ def test_d32_stops_early_and_says_why(tmp_path):
     for env, words in [({"GPU_PROBE": "no-such-command"}, "no GPU is found"), ({"GPU_PROBE": "true"}, "no GPU is found"),
                        ({"DISK_PROBE": "echo 12"}, r"has 12 GB of free disk, and 660 GB more are needed"),
                        ({"NETWORK_PROBE": "false"}, "nanochat-d32 and the training data must be downloaded"),
-                       ({"NETWORK_PROBE": "false", "DATA": "embedded"}, "nanochat-d32 must be downloaded")]:
+                       ({"NETWORK_PROBE": "false", "DATA": "embedded"}, "nanochat-d32 must be downloaded"),
+                       ({"GPU_PROBE": "seq 6"}, r"TOTAL_BATCH=524288 tokens are no multiple of the 98304 of one pass .8 rows "
+                                                r"x 2048 x 6 GPUs.: set TOTAL_BATCH=491520"),
+                       ({"TOTAL_BATCH": "2048"}, "set TOTAL_BATCH=131072"), ({"BATCH": "all"}, "BATCH=all is no positive")]:
         done = speedrun(tmp_path, **env)
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
         assert re.search(f"^error: .*{words}", done.stderr)
@@ -162,6 +166,22 @@ def test_d32_asks_for_no_more_than_it_needs(tmp_path):
     done = speedrun(tmp_path, NETWORK_PROBE="false", DATA="embedded", USED_PROBE="echo 400", DISK_PROBE="echo 261")
     assert done.returncode == 0 and "(260 needed)" in done.stdout and "download" not in done.stdout
     assert speedrun(tmp_path, "--typo").returncode == 2
+
+
+def test_d32_knows_which_data_is_downloaded(tmp_path):
+    """By the rule of mixture.parse: what is neither embedded nor a path is the hub's."""
+    (tmp_path / "my, own.jsonl").write_text("{}")
+    (tmp_path / "chat.jsonl").write_text("{}")
+    base = tmp_path / "not/there/chatsft_checkpoints/d32"
+    base.mkdir(parents=True)
+    (base / "model_000650.pt").write_bytes(b"")
+    for data, hub in [(f"{tmp_path}/my, own.jsonl", False), (f"{tmp_path}/chat.jsonl", False), ("~/chat.jsonl", False),
+                      (f"0.5*embedded, 0.5* {tmp_path}/chat.jsonl", False), ("0.5*embedded,0.5*~/chat.jsonl", False),
+                      ("karpathy/embedded", True), ("0.5*embedded,0.5*karpathy/climbmix-400b-shuffle", True), ("", True)]:
+        done = speedrun(tmp_path, NETWORK_PROBE="false", DATA=data, HOME=str(tmp_path))
+        assert done.returncode == (2 if hub else 0) and ("the training data" in done.stderr) == hub, (data, done)
+        assert not data or hub == any(source != "embedded" and not Path(source.replace("~", str(tmp_path))).exists()
+                                      for _, source in mixture.parse(data))
 
 
 def test_d32_knows_its_disk(d32):
