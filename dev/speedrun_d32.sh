@@ -93,7 +93,8 @@ run() {  # NAME COMMAND...: a part that is done is not done again
     fi
 }
 train() {  # STAGE WIDTH STEPS: resumes from its newest checkpoint; what only a resume needs is deleted behind it
-    run "stage$1" torchrun --standalone --nproc_per_node="$gpus" -m scripts.fractal_train \
+    # torchrun kills an interrupted run after 30 s, which is too early to have saved what stage 3 holds
+    run "stage$1" torchrun --standalone --nproc_per_node="$gpus" --shutdown-timeout 900 -m scripts.fractal_train \
         --checkpoint "$hybrid/d32_$2/model.pt" --stage "$1" --expanded-dim="$2" --matryoshka --sample-dim \
         --num-iterations "$3" --device-batch-size "$BATCH" --total-batch-size "$TOTAL_BATCH" --gradient-checkpointing \
         --keep-checkpoints 1 ${DATA:+--data "$DATA"} ${RUN:+--run "$RUN-stage$1"} $TRAIN_FLAGS
