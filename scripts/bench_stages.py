@@ -58,7 +58,7 @@ def bench_stages(model, rounds: int) -> dict:
 
 
 def bench_sharded(rounds: int) -> dict:
-    """Muon's and AdamW's step of a hybrid d512 x 8+8 on two processes, gloo, a core each, against one that has both cores."""
+    """Muon's and AdamW's step of a hybrid d512 x 8+8 on two processes, gloo, a core each, against one with both cores."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -147,8 +147,8 @@ def test_d32_stops_early_and_says_why(tmp_path):
                        ({"DISK_PROBE": "echo 12"}, r"has 12 GB of free disk, and 660 GB more are needed"),
                        ({"NETWORK_PROBE": "false"}, "nanochat-d32 and the training data must be downloaded"),
                        ({"NETWORK_PROBE": "false", "DATA": "embedded"}, "nanochat-d32 must be downloaded"),
-                       ({"GPU_PROBE": "seq 6"}, r"TOTAL_BATCH=524288 tokens are no multiple of the 98304 of one pass .8 rows "
-                                                r"x 2048 x 6 GPUs.: set TOTAL_BATCH=491520"),
+                       ({"GPU_PROBE": "seq 6"}, r"TOTAL_BATCH=524288 tokens are no multiple of the 98304 of one pass .8 "
+                                                r"rows x 2048 x 6 GPUs.: set TOTAL_BATCH=491520"),
                        ({"TOTAL_BATCH": "2048"}, "set TOTAL_BATCH=131072"), ({"BATCH": "all"}, "BATCH=all is no positive")]:
         done = speedrun(tmp_path, **env)
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
