@@ -3,13 +3,14 @@ import json
 import os
 import re
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat import mixture
+from nanochat import memory_trace, mixture
 from nanochat.checkpoint_manager import load_json
 from nanochat.elastic_step import ElasticStep
 from nanochat.hybrid_gpt import HybridConfig, stays_fp32
@@ -131,6 +132,24 @@ def test_trace_of_a_sharded_step(stage):
     again = plan_memory.trace_step(again, rows=4, world=8)
     assert again.at_peak["parameters"] == trace.at_peak["parameters"]
     assert again.at_peak["optimizer"] == trace.at_peak["optimizer"] and again.peak > trace.peak
+
+
+def test_the_memory_command_takes_its_flags(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(plan, "d32_stages", lambda: [plan_tables.make_stage(1, TINY)])
+    monkeypatch.setattr(plan_memory, "check", lambda *_: {"traced_mb": 1.0, "measured_mb": 1.0, "ratio": ratios.pop()})
+    monkeypatch.setattr(plan_memory, "trace_step", lambda stage, rows, world: types.SimpleNamespace(
+        peak=1e9 * rows + world, at_peak=dict.fromkeys(memory_trace.CATEGORIES, 0)))
+    ratios = [1.09, 0.91]
+    result = plan.main(["--memory", "--gpus", "4", "--device-batch-size", "2", "--price", "9", "--context", "7"])
+    out = capsys.readouterr().out
+    assert "per rank of 4" in out and "--context has no effect with --memory" in out and "--price has no" in out
+    assert result["stage 1"]["peak_gb"] * 1e9 == 2e9 + 4
+    for ratios in ([0.89], [1.11, 1.0]):
+        with pytest.raises(SystemExit) as info:
+            plan.main(["--memory", "--json", str(tmp_path / "m.json")])
+        assert "off by more than 10%" in info.value.code and not ratios and not list(tmp_path.iterdir())
+    plan.main(["--device-batch-size", "2", "--stages", "1"])
+    assert "--device-batch-size has no effect without --memory" in capsys.readouterr().out
 
 
 # --- bash speedrun.sh d32
