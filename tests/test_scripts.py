@@ -266,6 +266,11 @@ def test_drafts_are_trained_used_and_measured(home, cwd, capsys):
     assert "tokens were drafted" in err and "of plain decoding's" in err
     fails(capsys, chat_cli.main, [*chat, "--lossless", "--budget", "0.5"], "drop --budget")
 
+    race = ["speculative", "--checkpoint", str(folder), *docs]
+    fails(capsys, bench.main, [*race, "--max-tokens", "2"], "--max-tokens is 2; it must be at least 3")
+    fails(capsys, bench.main, [*race, "--table", "-1"], "--table is -1; it must be at least 0")
+    fails(capsys, bench.main, [*race, "--length", "9"], "--length 9 is out of range: give 1 to 8")
+    bench.main([*race, "--prompts", "0", "--max-tokens", "3", "--table", "1"])  # the least that has anything to draft
     bench.main(["speculative", "--checkpoint", str(folder), *docs, "--prompts", "2", "--max-tokens", "9", "--table", "1",
                 "--proof", "18", "--json", str(cwd / "bench.json")])
     result = json.loads((cwd / "bench.json").read_text())
@@ -328,6 +333,7 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
     fails(capsys, base_train.main, [*base_args(home), "--num-iterations", "0"], "--num-iterations is 0")
     fails(capsys, fractal_eval.main, ["--checkpoint", hybrid, "--eval-tokens", "0"], "at least 1")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "auto", "-p", "x"], "needs trained controls")
+    fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "-p", "x", "--trace", "--max-tokens", "0"], "--max-tokens is 0")
     fails(capsys, extract.main, ["--checkpoint", hybrid, "--mode", "normal", "--dst", base], "not empty")
     fails(capsys, extract.main, ["--checkpoint", hybrid, "--mode", "normal", "--dst", str(cwd / "x"), "--seed", "1"],
           "no effect without --fresh")
