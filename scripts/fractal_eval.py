@@ -128,6 +128,10 @@ def calibrate_checkpoint(args, model, tokenizer, info, file, data, device) -> di
     if file.name != "model.pt":
         raise ValueError(f"{file} is a training step: calibrate an export, which has a config.json")
     check_trained(model)
+    if args.new_tokens < 1:
+        raise ValueError(f"--new-tokens is {args.new_tokens}; it must be at least 1")
+    if args.budget is not None:
+        Controls(model, args.budget)  # refuses one out of range before anything is decoded
     least, tuning = sequences_needed(args.delta, args.epsilon), args.sequences // 4 if args.budget is None else 0
     if args.sequences - tuning < least:
         enough = next(n for n in range(least, 2 * least) if n - (n // 4 if tuning else 0) >= least)

@@ -115,6 +115,11 @@ def test_controls_are_trained_calibrated_and_used(home, cwd, capsys):
     fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "197"], "ask for at least 198")
     fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "148", "--budget", "1"], "ask for at least 149")
     fails(capsys, fractal_eval.main, [*calibrate, "--delta", "2"], "delta 2.0 is out of range")
+    with pytest.MonkeyPatch.context() as mp:  # all this is said before anything is decoded
+        mp.setattr(fractal_eval, "continuations", lambda *_: pytest.fail("decodes first"))
+        fails(capsys, fractal_eval.main, [*calibrate, "--new-tokens", "0"], "--new-tokens is 0; it must be at least 1")
+        fails(capsys, fractal_eval.main, [*calibrate, "--budget", "5"], "the budget 5.0 is out of range")
+        fails(capsys, fractal_eval.main, [*calibrate, "--budget", "0.01"], "less than the narrowest widths cost")
     fails(capsys, fractal_eval.main, [*calibrate, "--delta", "0.3", "--epsilon", "0.3", "--sequences", "99999"],
           "the validation text ends after", "ask for fewer")
     evidence = fractal_eval.main([*calibrate, "--delta", "0.3", "--epsilon", "0.3", "--sequences", "12"])
