@@ -113,7 +113,7 @@ def test_controls_are_trained_calibrated_and_used(home, cwd, capsys):
 
     calibrate = ["--checkpoint", str(auto), "--calibrate", *docs, "--new-tokens", "4", "--device-batch-size", "4"]
     fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "197"], "ask for at least 198")
-    fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "148", "--budget", "1"], "ask for at least 149")
+    fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "164", "--budget", "1"], "ask for at least 165")
     fails(capsys, fractal_eval.main, [*calibrate, "--delta", "2"], "delta 2.0 is out of range")
     with pytest.MonkeyPatch.context() as mp:  # all this is said before anything is decoded
         mp.setattr(fractal_eval, "continuations", lambda *_: pytest.fail("decodes first"))
@@ -126,6 +126,17 @@ def test_controls_are_trained_calibrated_and_used(home, cwd, capsys):
     loaded = ckpt.load(auto)
     assert loaded.info["calibration"] == json.loads(json.dumps(evidence)) and evidence["sequences"] == 9
     assert loaded.model.config.exit_threshold == evidence["exit_threshold"]
+
+    # what is chosen beforehand is chosen on other rows than the test's, with a budget too
+    prices, tested = [], {}
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(fractal_eval, "calibrate_prices", lambda model, prompts, budgets: prices.append(prompts) or [])
+        mp.setattr(fractal_eval, "differing", lambda model, ids, start, *_: (
+            tested.update({len(ids): ids[:, :start].tolist()}) or torch.zeros(len(ids)), 1.0))
+        for more in [], ["--budget", "1"]:
+            fractal_eval.main([*calibrate, "--delta", "0.3", "--epsilon", "0.3", "--sequences", "20", *more])
+            assert len(prices[-1]) == 5 and len(tested[15]) == 15 and not any(p in tested[15] for p in prices[-1])
+            tested.clear()
 
     rows = frontier.main(["--checkpoint", str(auto), *docs, "--eval-tokens", "256", "--device-batch-size", "2", "--budgets",
                           "1.0", "--thresholds", "1.0,0.4", "--beside", f"itself={auto}"])["rows"]
