@@ -1,7 +1,11 @@
 """The scripts as a user runs them, at toy size: the whole pipeline, exact resume, and every one-line error."""
+import argparse
+import importlib
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +29,7 @@ from scripts import (
     tok_train,
 )
 
+ROOT = Path(__file__).parent.parent
 SMALL = ["--device-batch-size", "4", "--total-batch-size", "256", "--eval-tokens", "512", "--eval-every", "-1",
          "--log-every", "5"]
 
@@ -405,13 +410,41 @@ def test_wandb_logs_offline(home, cwd, monkeypatch):
     assert list((cwd / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-@pytest.mark.parametrize("script", [base_train, chat_cli, extract, fractal_eval, fractal_train, surgery, tok_train])
-def test_every_flag_has_help(script, capsys):
-    with pytest.raises(SystemExit) as e:
-        script.main(["--help"])
-    assert e.value.code == 0
-    flags = [x.strip() for x in capsys.readouterr().out.splitlines() if x.startswith("  -")]
-    assert len(flags) >= 4
+def commands():
+    """Every module that a user runs: name -> it."""
+    names = [f"{p.parent.name}.{p.stem}" for folder in ("nanochat", "scripts", "tiny_experiment")
+             for p in sorted((ROOT / folder).glob("*.py")) if "\n    main()\n" in p.read_text()]
+    return {name: importlib.import_module(name) for name in names}
+
+
+def test_every_flag_has_help(monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def caught(parser, *_):
+        raise Parsed(parser)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", caught)
+    modules = commands()
+    assert {"scripts.plan", "scripts.bench", "scripts.compare_steps", "nanochat.mixture", "tiny_experiment.__main__"} <= \
+        modules.keys()
+    for name, module in modules.items():
+        with pytest.raises(Parsed) as info:
+            module.main()
+        parsers, flags = [(name, info.value.args[0])], []
+        for where, parser in parsers:
+            for action in parser._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    parsers += [(f"{where} {k}", sub) for k, sub in action.choices.items()]
+                else:
+                    assert action.help and action.help != argparse.SUPPRESS, (where, action.option_strings or action.dest)
+                    flags.append(action)
+            parser.format_help()  # a stray % in a help text would raise
+        assert len(flags) >= 2, name
+
+
+def test_an_installation_has_all_packages():
+    listed = re.search(r"^packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert sorted(re.findall(r'"([\w.]+)"', listed)) == sorted(p.parent.name for p in ROOT.glob("*/__init__.py"))
 
 
 def test_compare_steps_spends_the_same_on_every_kind(tmp_path, monkeypatch):
