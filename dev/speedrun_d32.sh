@@ -33,9 +33,27 @@ fail() {
     echo "error: $*" >&2
     exit 2
 }
+from_hub() {  # DATA: whether any of its sources is neither the embedded text nor a path, by the rules of nanochat.mixture,
+    local sources source  # which may not be installed yet
+    [ -n "$1" ] || return 0
+    [ ! -e "${1/#\~/$HOME}" ] || return 1
+    IFS=, read -ra sources <<< "$1"
+    for source in "${sources[@]}"; do
+        read -r source <<< "${source#*\*}"
+        [[ "$source" = embedded || "$source" = [./~]* || -e "$source" ]] || return 0
+    done
+    return 1
+}
 gpus=$( ($GPU_PROBE) 2>/dev/null | grep -c . || true)
 [ "$gpus" -gt 0 ] || fail "no GPU is found ('$GPU_PROBE' lists none), and this trains models of 6 to 21 billion parameters:" \
     "run it on a machine with GPUs (8 of 80 GB are what it is made for); bash speedrun.sh without d32 runs anywhere"
+for name in BATCH TOTAL_BATCH; do
+    [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is no positive number: leave it unset, or give one"
+done
+one_pass=$((BATCH * 2048 * gpus))
+[ $((TOTAL_BATCH % one_pass)) -eq 0 ] || fail "TOTAL_BATCH=$TOTAL_BATCH tokens are no multiple of the $one_pass of one pass" \
+    "($BATCH rows x 2048 x $gpus GPUs): set TOTAL_BATCH=$(((TOTAL_BATCH / one_pass + (TOTAL_BATCH < one_pass)) * one_pass))," \
+    "or another BATCH"
 folder="$NANOCHAT_BASE_DIR"
 while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
 free=$($DISK_PROBE "$folder" | tail -n 1 | awk '{print $1}')
@@ -46,7 +64,7 @@ needed=$((DISK_GB - ${used:-0}))
     "all, ${used:-0} are there): free some, or set NANOCHAT_BASE_DIR to a larger disk"
 missing="" download=""
 ls "$base"/model_*.pt >/dev/null 2>&1 || { missing="nanochat-d32" download="--download"; }
-[ -e "$work/data.done" ] || [[ "$DATA" = *embedded* ]] || missing="${missing:+$missing and }the training data"
+[ -e "$work/data.done" ] || ! from_hub "$DATA" || missing="${missing:+$missing and }the training data"
 if [ -n "$missing" ] && ! $NETWORK_PROBE >/dev/null 2>&1; then
     fail "$missing must be downloaded, and the hub does not answer: connect this machine, or put the model into $base and" \
         "set DATA=embedded (or a file) for the data"
@@ -75,7 +93,8 @@ run() {  # NAME COMMAND...: a part that is done is not done again
     fi
 }
 train() {  # STAGE WIDTH STEPS: resumes from its newest checkpoint; what only a resume needs is deleted behind it
-    run "stage$1" torchrun --standalone --nproc_per_node="$gpus" -m scripts.fractal_train \
+    # torchrun kills an interrupted run after 30 s, which is too early to have saved what stage 3 holds
+    run "stage$1" torchrun --standalone --nproc_per_node="$gpus" --shutdown-timeout 900 -m scripts.fractal_train \
         --checkpoint "$hybrid/d32_$2/model.pt" --stage "$1" --expanded-dim="$2" --matryoshka --sample-dim \
         --num-iterations "$3" --device-batch-size "$BATCH" --total-batch-size "$TOTAL_BATCH" --gradient-checkpointing \
         --keep-checkpoints 1 ${DATA:+--data "$DATA"} ${RUN:+--run "$RUN-stage$1"} $TRAIN_FLAGS

@@ -98,9 +98,15 @@ class ElasticStep:
         return [s._replace(stop=rows) if s.stop is None else s for s in students]
 
     def student_flops(self, students: list[Student], x: torch.Tensor) -> float:
-        """Of all their passes. The parallel form computes every token down to the deepest exit."""
-        deepest = [1 if s.exits is None else int(s.exits.max()) / self.model.config.n_block for s in students]
-        return sum(self.flops(s.widths, x[s.start:s.stop].numel()) * part for s, part in zip(students, deepest))
+        """
+        Of all their passes, and of the teacher's logits, which each compares with anew. The parallel form computes every
+        token down to the deepest exit.
+        """
+        head, total = self.model.cost()["head"].flops, 0.0
+        for s in students:
+            tokens, depth = x[s.start:s.stop].numel(), self.model.config.n_block if s.exits is None else int(s.exits.max())
+            total += self.flops(s.widths, tokens) * depth / self.model.config.n_block + head * tokens
+        return total
 
     def flops(self, widths, tokens: int) -> float:
         """Of a pass over so many tokens, forward and backward."""

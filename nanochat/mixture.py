@@ -33,7 +33,11 @@ def parse(spec: str) -> list[tuple[float, str]]:
     (weight, source) of each part of a mixture; the weight of a lone source may be left out. Weights are positive and need
     not add up to 1. An existing path is a source whatever characters it has. Raises ValueError that explains the syntax.
     """
-    if Path(spec).expanduser().exists() or ("," not in spec and "*" not in spec):
+    try:
+        exists = Path(spec).expanduser().exists()
+    except OSError:  # such as "File name too long", which many sources together are
+        exists = False
+    if exists or ("," not in spec and "*" not in spec):
         return [(1.0, spec)]
     parts = []
     for text in spec.split(","):

@@ -178,9 +178,9 @@ class Speculation:
 
     # --- policy
 
-    def best(self, live: list[int], most: int) -> tuple[float, Draft]:
-        """The draft that promises the most tokens a second, all rows together, over all lengths up to `most`."""
-        n, record, best = len(live), self.record, (0.0, self.drafts[0])
+    def best(self, live: list[int], lengths: range) -> tuple[float, Draft]:
+        """The draft that promises the most tokens a second, all rows together, over all `lengths`."""
+        n, record, best, most = len(live), self.record, (0.0, self.drafts[0]), lengths[-1]
         for draft in self.drafts:
             each = record.draft(draft, n)
             ceiling = (most + 1) * n / (most * each + record.check(draft, n, most + 1))  # if all were right, and no dearer
@@ -190,7 +190,8 @@ class Speculation:
             tokens, run = n, chances
             for k in range(1, most + 1):
                 tokens += sum(run)
-                best = max(best, (tokens / (k * each + record.check(draft, n, k + 1)), draft))
+                if k in lengths:
+                    best = max(best, (tokens / (k * each + record.check(draft, n, k + 1)), draft))
                 run = [p * a for p, a in zip(run, chances)]
         return best
 
@@ -200,13 +201,16 @@ class Speculation:
 
     def plan(self, live: list[int], most: int) -> tuple[Draft | None, float]:
         """How to draft now (None: not at all), and the rate in tokens a second that this promises."""
-        if self.length is not None:
-            return (self.drafts[0] if min(self.length, most) else None), 0.0
         plain = self.record.plain.get(len(live))
+        if self.length is not None:
+            at = min(self.length, most)
+            if at < 1 or (plain is None and len(self.drafts) > 1):  # costs are estimated from a plain token's
+                return None, 0.0
+            return (self.best(live, range(at, at + 1))[1] if len(self.drafts) > 1 else self.drafts[0]), 0.0
         if most < 1 or plain is None or self.wait > 0:
             self.wait -= 1
             return None, 0.0
-        rate, draft = self.best(live, most)
+        rate, draft = self.best(live, range(1, most + 1))
         ratio = rate * plain / len(live)
         if ratio < 1 and self.wait == 0:
             self.wait = self.pause

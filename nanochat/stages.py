@@ -5,6 +5,7 @@ stage 1, behind insertion: the base is old; Mamba blocks and value embeddings ar
 stages 2 and 3, behind growth: of every tensor the entries that it had before are old, except in the Mamba mixers, which
 train whole.
 """
+import math
 from dataclasses import fields
 
 from nanochat.growing import old_boxes
@@ -73,3 +74,9 @@ def set_trained(model: HybridGPT, phase: str, gate: bool = False, boxes: dict | 
                                      for box in boxes.get(name, ())))
         else:
             p.requires_grad_(phase == "unfrozen")
+
+
+def trained_entries(model: HybridGPT, boxes: dict | None = None) -> int:
+    """How many entries of its parameters a model trains after set_trained, those of `boxes`, which stay, left out."""
+    return sum(p.numel() - sum(math.prod(s.stop - s.start for s in box) for box in (boxes or {}).get(name, ()))
+               for name, p in model.named_parameters() if p.requires_grad)

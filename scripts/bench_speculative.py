@@ -168,6 +168,11 @@ def prove(model, tokenizer, data, sequences: int, n: int = 12) -> dict:
 
 def bench_speculative(args) -> dict:
     """Every model given, the largest one last."""
+    for name, least in (("max_tokens", 3), ("length", 1), ("prompts", 0), ("table", 0), ("proof", 0)):
+        if getattr(args, name) < least:  # times begin behind the first token, and the last one is never drafted
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
+    if args.length > MAX_DRAFT:
+        raise ValueError(f"--length {args.length} is out of range: give 1 to {MAX_DRAFT}")
     paths = args.checkpoint or sorted((get_base_dir() / "fractal_checkpoints").glob("speedrun_*_unfrozen"))[-1:]
     if not paths:
         raise ValueError(f"there is no speedrun's model in {get_base_dir()}: run `bash speedrun.sh`, or give --checkpoint")

@@ -73,6 +73,8 @@ def main(argv=None):
     p.add_argument("--top-p", type=float, default=None, help="... and among those that hold this much probability")
     p.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     args = p.parse_args(argv)
+    if args.max_tokens < 1:
+        raise ValueError(f"--max-tokens is {args.max_tokens}; it must be at least 1")
 
     device = autodetect_device_type()
     model, tokenizer, info, _ = ckpt.load(args.checkpoint, device)

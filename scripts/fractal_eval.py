@@ -36,6 +36,8 @@ from nanochat.dataset import prepare
 from nanochat.engine import Engine, prepare_inference
 from nanochat.loss_eval import evaluate_bpb
 
+PRICE_ROWS = 16  # that prices are fitted to where --budget leaves no setting to tune
+
 
 def add_eval_args(p: argparse.ArgumentParser, tokens: int) -> None:
     """The flags that say on what text is evaluated."""
@@ -128,15 +130,23 @@ def calibrate_checkpoint(args, model, tokenizer, info, file, data, device) -> di
     if file.name != "model.pt":
         raise ValueError(f"{file} is a training step: calibrate an export, which has a config.json")
     check_trained(model)
-    least, tuning = sequences_needed(args.delta, args.epsilon), args.sequences // 4 if args.budget is None else 0
+    if args.new_tokens < 1:
+        raise ValueError(f"--new-tokens is {args.new_tokens}; it must be at least 1")
+    if args.budget is not None:
+        Controls(model, args.budget)  # refuses one out of range before anything is decoded
+
+    def apart(n):  # the rows that prices and settings are chosen on: the test must not have seen them
+        return max(1, n // 4 if args.budget is None else min(PRICE_ROWS, n // 4))
+    least, tuning = sequences_needed(args.delta, args.epsilon), apart(args.sequences)
     if args.sequences - tuning < least:
-        enough = next(n for n in range(least, 2 * least) if n - (n // 4 if tuning else 0) >= least)
-        raise ValueError(f"--sequences {args.sequences} ({tuning} of them for tuning) cannot bound the risk by {args.delta} "
-                         f"at confidence {1 - args.epsilon:g}: ask for at least {enough}, or a larger --delta or --epsilon")
+        enough = next(n for n in range(least, 2 * least + 1) if n - apart(n) >= least)
+        raise ValueError(f"--sequences {args.sequences} ({tuning} for prices and tuning) cannot bound the risk by "
+                         f"{args.delta} at confidence {1 - args.epsilon:g}: ask for at least {enough}, or a larger "
+                         "--delta or --epsilon")
     prepare_inference(model, device)
     ids, start = continuations(model, tokenizer, data, args.sequences, args.new_tokens, args.device_batch_size, device)
     asked = set() if args.budget is None else {args.budget}
-    prices = calibrate_prices(model, ids[:, :start].tolist(), sorted({*budget_grid(model), *asked}))
+    prices = calibrate_prices(model, ids[:tuning, :start].tolist(), sorted({*budget_grid(model), *asked}))
 
     def run(budget, threshold, rows):
         control = Controls(model, budget, **calibrated_thresholds(threshold, model.config), calibration={"prices": prices})
@@ -147,7 +157,7 @@ def calibrate_checkpoint(args, model, tokenizer, info, file, data, device) -> di
         print0(f"  budget {budget}, exit threshold {threshold}: {losses.mean():.2%} of the tokens differ")
         return losses
     settings = [(args.budget, t) for t in THRESHOLDS]
-    if tuning:
+    if args.budget is None:
         settings = tune(model, lambda budget, threshold: run(budget, threshold, slice(tuning)), 3 * args.delta)
     evidence, _ = calibrate(losses_at, args.delta, args.epsilon, settings)
     evidence |= {"risk": "share of greedy tokens that differ from full compute's", "new_tokens": args.new_tokens,
@@ -176,7 +186,8 @@ def main(argv=None):
     p.add_argument("--budget", type=float, default=None,
                    help="share of full compute that the predictor's widths may cost, and auto's default (default: tuned, "
                         "with the threshold, on a quarter of the sequences)")
-    p.add_argument("--sequences", type=int, default=256, help="held-out sequences to calibrate on (default: 256)")
+    p.add_argument("--sequences", type=int, default=256,
+                   help="held-out sequences to calibrate on; some serve to fit the predictor's prices (default: 256)")
     p.add_argument("--new-tokens", type=int, default=32, help="generated tokens of each (default: 32)")
     args = p.parse_args(argv)
 

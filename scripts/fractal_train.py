@@ -181,7 +181,7 @@ def main(argv=None):
 
     model = ckpt.build_model(config, "meta")
     stages.set_trained(model, phase, gate=args.matryoshka and args.recipe in TAUGHT, boxes=boxes)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = stages.trained_entries(model, boxes)
     print0("parameters " + ", ".join(f"{k} {v:,}" for k, v in model.num_params().items()) + f"; trained {trained:,}")
     needed, whole = state_bytes(model)
     print0(f"{phase}: the optimizer's state is {needed / 1e9:.2f} GB over all processes, {1 - needed / whole:.0%} less than "

@@ -17,6 +17,8 @@ from nanochat.monitor import PEAK_FLOPS
 from scripts.plan_memory import show_memory
 from scripts.plan_tables import WIDTHS, d32_stages, show_tables
 
+TABLES = {"gpu", "price", "mfu", "tokens", "tokens_per_param", "context"}  # flags that --memory does not need
+
 
 def positive(kind):
     def parse(text: str):
@@ -46,6 +48,9 @@ def main(argv=None) -> dict:
     args = p.parse_args(argv)
     if args.mfu > 1:
         raise ValueError(f"--mfu {args.mfu:g} is more than the whole peak: give a share such as 0.4")
+    idle = TABLES if args.memory else {"device_batch_size"}
+    for name in sorted(k for k in idle if getattr(args, k) != p.get_default(k)):
+        print(f"note: --{name.replace('_', '-')} has no effect {'with' if args.memory else 'without'} --memory")
     stages = [s for s in d32_stages() if s.number in args.stages]
     if args.memory:
         result = show_memory(stages, args)

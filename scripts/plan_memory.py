@@ -1,11 +1,12 @@
 """
 Peak memory of a training step of each stage, for scripts/plan.py: the real model, sharding, step and optimizers, rank 0 of
-8 on a process group that exchanges nothing, traced with fake tensors (nanochat/memory_trace.py); and the same trace of a
-small model against what that model really allocates, on a CPU, by torch's profiler.
+--gpus on a process group that exchanges nothing, traced with fake tensors (nanochat/memory_trace.py); and the same trace of
+a small model against what that model really allocates, on a CPU, by torch's profiler.
 """
 import contextlib
 import gc
 import os
+import sys
 import tempfile
 import time
 from bisect import bisect_left
@@ -25,7 +26,8 @@ from nanochat.optim import setup_optimizers
 from nanochat.training import shares
 from scripts.plan_tables import make_stage, show
 
-RANKS, LIMIT_GB = 8, 80
+LIMIT_GB = 80
+TOLERANCE = 0.1  # of the trace against the small model that really runs
 # Small enough for any CPU, large enough that tensors, and not the bookkeeping of small ones, are what is measured.
 SMALL = HybridConfig(sequence_len=256, vocab_size=2048, n_layer=2, n_head=4, n_kv_head=4, n_embd=256, d_ref=256,
                      top_width=256, mamba_headdim=64, mamba_d_state=64, mamba_group_width=192)
@@ -90,7 +92,7 @@ def prepare_step(stage, mesh, rows: int, dtype: torch.dtype, world: int):
     return step, optimizers
 
 
-def trace_step(stage, rows: int, dtype: torch.dtype = torch.bfloat16, world: int = RANKS,
+def trace_step(stage, rows: int, dtype: torch.dtype = torch.bfloat16, world: int = 8,
                gpu_forms: bool = True) -> MemoryTrace:
     """The trace of a stage's second optimizer step on rank 0 of `world`: the first one makes the optimizers' state."""
     with fake_ranks(world) as mesh, traced(gpu_forms) as trace:
@@ -180,25 +182,31 @@ def check(world: int, dtype: torch.dtype) -> dict[str, float]:
 
 
 def show_memory(stages, args) -> dict:
-    """Traces and prints the peak of each stage; returns the figures, by stage and 'check'."""
+    """
+    Traces and prints the peak of each stage on args.gpus ranks of one machine; returns the figures, by stage and 'check'.
+    SystemExit (1) where the trace of a small model is not what it really takes.
+    """
     result, rows = {"check": {}}, []
     for world, dtype in ((1, torch.float32), (2, torch.bfloat16)):
         name = f"{world} process{'es' * (world > 1)}, {str(dtype).removeprefix('torch.')}"
         result["check"][name] = small = check(world, dtype)
         print(f"check, a small model's step really run here, {name}: {small['traced_mb']:.1f} MB traced, "
               f"{small['measured_mb']:.1f} MB measured by torch's profiler: {small['ratio'] - 1:+.1%}", flush=True)
+        if abs(small["ratio"] - 1) > TOLERANCE:
+            sys.exit(f"error: the trace is off by more than {TOLERANCE:.0%} here, with torch {torch.__version__}: what it "
+                     "says of the real stages cannot be relied on")
     for stage in stages:
         c, since = stage.model.config, time.perf_counter()
         count = sum(p.numel() for p in stage.model.parameters())
-        print(f"{stage.phase}: {count / 1e9:.3f} B parameters over {RANKS} ranks, {args.device_batch_size} x "
+        print(f"{stage.phase}: {count / 1e9:.3f} B parameters over {args.gpus} ranks, {args.device_batch_size} x "
               f"{c.sequence_len} tokens each; a minute or two", flush=True)
-        trace = trace_step(stage, args.device_batch_size)
+        trace = trace_step(stage, args.device_batch_size, world=args.gpus)
         gb = {k: v / 1e9 for k, v in trace.at_peak.items()}
         result[stage.phase] = {"params": count, "peak_gb": trace.peak / 1e9, "at_peak_gb": gb,
                                "fits": trace.peak < LIMIT_GB * 1e9, "seconds": time.perf_counter() - since}
         rows.append([stage.phase, f"{count / 1e9:.3f}", f"{trace.peak / 1e9:.1f}", *(f"{gb[k]:.1f}" for k in CATEGORIES),
                      "yes" if trace.peak < LIMIT_GB * 1e9 else "NO"])
-    show(f"peak of a training step, GB (10^9) per rank of {RANKS}",
+    show(f"peak of a training step, GB (10^9) per rank of {args.gpus}",
          ["stage", "B parameters", "peak", *CATEGORIES, f"below {LIMIT_GB}"], rows)
     print("  gathered: whole matrices of the units that run. gradients: with the buffers that sum them over the ranks. Not "
           "counted:\n  the CUDA context, NCCL's and cuBLAS's buffers, fragmentation")

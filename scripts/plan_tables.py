@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import torch
 
+from nanochat.elastic_step import ElasticStep
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
+from nanochat.loss_eval import Student
 from nanochat.matryoshka import sample_levels
 from nanochat.monitor import PEAK_FLOPS
-from nanochat.optim import group_of
-from nanochat.stages import frozen_boxes, set_trained
-from nanochat.training import pass_flops
+from nanochat.optim import state_bytes
+from nanochat.stages import frozen_boxes, set_trained, trained_entries
 
 WIDTHS = {1: 2048, 2: 2560, 3: 4096}
 FIRST_PLAN = {1: (40, 1000), 2: (50, 1200), 3: (100, 2400)}  # hours on 8 H100s, dollars: the project's first estimate
@@ -46,12 +47,7 @@ def d32_stages() -> list[Stage]:
 
 def parameters(stage: Stage) -> dict[str, int]:
     """Counts by part, and how many entries are trained."""
-    trained = 0
-    for name, p in stage.model.named_parameters():
-        if p.requires_grad:
-            old = sum(torch.Size(s.stop - s.start for s in box).numel() for box in (stage.boxes or {}).get(name, ()))
-            trained += p.numel() - old
-    return stage.model.num_params() | {"trained": trained}
+    return stage.model.num_params() | {"trained": trained_entries(stage.model, stage.boxes)}
 
 
 def modes(stage: Stage, context: int) -> dict[str, dict[str, float]]:
@@ -69,15 +65,11 @@ def modes(stage: Stage, context: int) -> dict[str, dict[str, float]]:
 
 def memory(stage: Stage) -> dict[str, int]:
     """Bytes of all ranks together that training holds all the time, and of the weights alone in bf16, for inference."""
-    state = {True: 0, False: 0}  # optimizer state of what is trained, and of the rest, were it trained
-    for name, p in stage.model.named_parameters():
-        if not name.startswith("predictor."):
-            # Muon keeps a momentum, AdamW two moments
-            state[p.requires_grad] += 4 * p.numel() * (1 if group_of(name) == "matrix" else 2)
+    optimizer, if_all_trained = state_bytes(stage.model)
     total = sum(p.numel() for p in stage.model.parameters())
     return {"weights_bf16": 2 * total, "masters": 4 * total,
             "gradients": sum(4 * p.numel() for p in stage.model.parameters() if p.requires_grad),
-            "optimizer": state[True], "optimizer_if_all_trained": state[True] + state[False]}
+            "optimizer": optimizer, "optimizer_if_all_trained": if_all_trained}
 
 
 def disk(stages: list[Stage]) -> float:
@@ -93,13 +85,13 @@ def disk(stages: list[Stage]) -> float:
 def step_flops(model: HybridGPT) -> dict[str, float]:
     """
     FLOPs of a training step per token of the batch: 'teacher' and 'student' pass, forward and backward, without gradients of
-    what is frozen (training.pass_flops). Student: the mean over draws of its levels, and the teacher's logits, which its
-    loss compares with; exits save nothing in training. Recomputed activations are not counted, as in MFU.
+    what is frozen (training.pass_flops). Student: the mean over draws of its levels; exits save nothing in training.
+    Recomputed activations are not counted, as in MFU.
     """
     c, generator = model.config, torch.Generator().manual_seed(0)
-    context = (c.sequence_len + 1) / 2
-    draws = [pass_flops(model, sample_levels(c.levels, c.n_block, generator), context) for _ in range(DRAWS)]
-    return {"teacher": pass_flops(model, None, context), "student": sum(draws) / DRAWS + model.cost()["head"].flops}
+    step, x = ElasticStep(model, seed=0, steps=1, recipe="both"), torch.empty(1, 1, device="meta")
+    draws = [step.student_flops([Student(sample_levels(c.levels, c.n_block, generator))], x) for _ in range(DRAWS)]
+    return {"teacher": step.flops(None, 1), "student": sum(draws) / DRAWS}
 
 
 def training(stage: Stage, args) -> dict[str, float]:

@@ -3,7 +3,6 @@ The speedrun's final table, and speedrun.json and speedrun.png in NANOCHAT_BASE_
 folders it made.
 """
 import argparse
-import contextlib
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import matplotlib
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import atomic_write, cli, get_base_dir
+from nanochat.monitor import read_metrics
 
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
@@ -21,12 +21,8 @@ LABELS = {"base": "base", "surgery": "hybrid after surgery", "stage1": "hybrid a
 
 
 def validations(folder: Path) -> list[dict]:
-    """The evaluations that a training run logged, one entry per step (a resumed run may have repeated some)."""
-    entries = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):  # half a line, where the run was killed
-            entries.append(json.loads(line))
-    return [e for _, e in sorted({e["step"]: e for e in entries if "val_bpb" in e}.items())]
+    """The evaluations that a training run logged, one entry per step."""
+    return [e for e in read_metrics(folder) if "val_bpb" in e]
 
 
 def plot(path: Path, folders: dict[str, Path], evals: dict[str, dict]) -> None:

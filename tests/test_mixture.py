@@ -137,6 +137,8 @@ def test_specs(tmp_path, monkeypatch):
     (tmp_path / "odd, 2*name.txt").write_text("x")
     assert mixture.parse("odd, 2*name.txt") == [(1.0, "odd, 2*name.txt")]
     assert mixture.parse(mixture.DEFAULT_MIXTURE)[0] == (0.8, mixture.DEFAULT_HUB)
+    many = ",".join(f"1*owner/dataset-{i:03}" for i in range(300))  # longer than any path may be
+    assert [source for _, source in mixture.parse(many)] == [f"owner/dataset-{i:03}" for i in range(300)]
     for bad, part in (("a,b", "a"), ("0.5*a,b", "b"), ("0*a,1*b", "0*a"), ("-1*a", "-1*a"), ("nan*a", "nan*a"), ("1*a,", ""),
                       ("inf*a", "inf*a"), ("1*", "1*")):
         with pytest.raises(ValueError, match=r"is no WEIGHT\*SOURCE with a positive weight: write WEIGHT") as info:

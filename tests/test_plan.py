@@ -3,13 +3,18 @@ import json
 import os
 import re
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from nanochat import memory_trace, mixture
 from nanochat.checkpoint_manager import load_json
+from nanochat.elastic_step import ElasticStep
 from nanochat.hybrid_gpt import HybridConfig, stays_fp32
+from nanochat.loss_eval import Student
 from scripts import plan, plan_memory, plan_tables
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +77,20 @@ def test_flops_of_a_step():
     assert whole["teacher"] - frozen["teacher"] == pytest.approx(base, rel=0.01)  # the value embeddings' gates are trained
 
 
+def test_a_student_pays_for_its_teachers_logits(hybrid):
+    """What a step counts beyond the pass itself is what torch counts for the KL beyond a cross-entropy."""
+    x = torch.randint(300, (2, 8))
+    step = ElasticStep(hybrid, seed=0, steps=1, recipe="both")
+    more = step.student_flops([Student("normal"), Student("ghost", stop=1)], x) \
+        - step.flops("normal", 16) - step.flops("ghost", 8)
+
+    def counted(**teacher):
+        with FlopCounterMode(display=False) as counter:
+            hybrid.lm_head.loss(torch.ones(3, 8, 64), torch.zeros(3, 8, dtype=torch.long), **teacher)
+        return counter.get_total_flops()
+    assert more == counted(teacher=torch.ones(3, 8, 64)) - counted() > 0
+
+
 def test_the_command(d32, tmp_path, capsys):
     result = plan.main([*"--gpus 16 --price 2 --mfu 0.5 --tokens 1e9 --json".split(), str(tmp_path / "p.json")])
     assert load_json(tmp_path / "p.json") == json.loads(json.dumps(result))
@@ -115,6 +134,24 @@ def test_trace_of_a_sharded_step(stage):
     assert again.at_peak["optimizer"] == trace.at_peak["optimizer"] and again.peak > trace.peak
 
 
+def test_the_memory_command_takes_its_flags(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(plan, "d32_stages", lambda: [plan_tables.make_stage(1, TINY)])
+    monkeypatch.setattr(plan_memory, "check", lambda *_: {"traced_mb": 1.0, "measured_mb": 1.0, "ratio": ratios.pop()})
+    monkeypatch.setattr(plan_memory, "trace_step", lambda stage, rows, world: types.SimpleNamespace(
+        peak=1e9 * rows + world, at_peak=dict.fromkeys(memory_trace.CATEGORIES, 0)))
+    ratios = [1.09, 0.91]
+    result = plan.main(["--memory", "--gpus", "4", "--device-batch-size", "2", "--price", "9", "--context", "7"])
+    out = capsys.readouterr().out
+    assert "per rank of 4" in out and "--context has no effect with --memory" in out and "--price has no" in out
+    assert result["stage 1"]["peak_gb"] * 1e9 == 2e9 + 4
+    for ratios in ([0.89], [1.11, 1.0]):
+        with pytest.raises(SystemExit) as info:
+            plan.main(["--memory", "--json", str(tmp_path / "m.json")])
+        assert "off by more than 10%" in info.value.code and not ratios and not list(tmp_path.iterdir())
+    plan.main(["--device-batch-size", "2", "--stages", "1"])
+    assert "--device-batch-size has no effect without --memory" in capsys.readouterr().out
+
+
 # --- bash speedrun.sh d32
 
 def speedrun(tmp_path, flag="--check", **env):
@@ -128,7 +165,10 @@ def test_d32_stops_early_and_says_why(tmp_path):
     for env, words in [({"GPU_PROBE": "no-such-command"}, "no GPU is found"), ({"GPU_PROBE": "true"}, "no GPU is found"),
                        ({"DISK_PROBE": "echo 12"}, r"has 12 GB of free disk, and 660 GB more are needed"),
                        ({"NETWORK_PROBE": "false"}, "nanochat-d32 and the training data must be downloaded"),
-                       ({"NETWORK_PROBE": "false", "DATA": "embedded"}, "nanochat-d32 must be downloaded")]:
+                       ({"NETWORK_PROBE": "false", "DATA": "embedded"}, "nanochat-d32 must be downloaded"),
+                       ({"GPU_PROBE": "seq 6"}, r"TOTAL_BATCH=524288 tokens are no multiple of the 98304 of one pass .8 "
+                                                r"rows x 2048 x 6 GPUs.: set TOTAL_BATCH=491520"),
+                       ({"TOTAL_BATCH": "2048"}, "set TOTAL_BATCH=131072"), ({"BATCH": "all"}, "BATCH=all is no positive")]:
         done = speedrun(tmp_path, **env)
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
         assert re.search(f"^error: .*{words}", done.stderr)
@@ -145,6 +185,22 @@ def test_d32_asks_for_no_more_than_it_needs(tmp_path):
     done = speedrun(tmp_path, NETWORK_PROBE="false", DATA="embedded", USED_PROBE="echo 400", DISK_PROBE="echo 261")
     assert done.returncode == 0 and "(260 needed)" in done.stdout and "download" not in done.stdout
     assert speedrun(tmp_path, "--typo").returncode == 2
+
+
+def test_d32_knows_which_data_is_downloaded(tmp_path):
+    """By the rule of mixture.parse: what is neither embedded nor a path is the hub's."""
+    (tmp_path / "my, own.jsonl").write_text("{}")
+    (tmp_path / "chat.jsonl").write_text("{}")
+    base = tmp_path / "not/there/chatsft_checkpoints/d32"
+    base.mkdir(parents=True)
+    (base / "model_000650.pt").write_bytes(b"")
+    for data, hub in [(f"{tmp_path}/my, own.jsonl", False), (f"{tmp_path}/chat.jsonl", False), ("~/chat.jsonl", False),
+                      (f"0.5*embedded, 0.5* {tmp_path}/chat.jsonl", False), ("0.5*embedded,0.5*~/chat.jsonl", False),
+                      ("karpathy/embedded", True), ("0.5*embedded,0.5*karpathy/climbmix-400b-shuffle", True), ("", True)]:
+        done = speedrun(tmp_path, NETWORK_PROBE="false", DATA=data, HOME=str(tmp_path))
+        assert done.returncode == (2 if hub else 0) and ("the training data" in done.stderr) == hub, (data, done)
+        assert not data or hub == any(source != "embedded" and not Path(source.replace("~", str(tmp_path))).exists()
+                                      for _, source in mixture.parse(data))
 
 
 def test_d32_knows_its_disk(d32):

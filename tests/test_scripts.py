@@ -1,7 +1,11 @@
 """The scripts as a user runs them, at toy size: the whole pipeline, exact resume, and every one-line error."""
+import argparse
+import importlib
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +29,7 @@ from scripts import (
     tok_train,
 )
 
+ROOT = Path(__file__).parent.parent
 SMALL = ["--device-batch-size", "4", "--total-batch-size", "256", "--eval-tokens", "512", "--eval-every", "-1",
          "--log-every", "5"]
 
@@ -113,14 +118,30 @@ def test_controls_are_trained_calibrated_and_used(home, cwd, capsys):
 
     calibrate = ["--checkpoint", str(auto), "--calibrate", *docs, "--new-tokens", "4", "--device-batch-size", "4"]
     fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "197"], "ask for at least 198")
-    fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "148", "--budget", "1"], "ask for at least 149")
+    fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "164", "--budget", "1"], "ask for at least 165")
     fails(capsys, fractal_eval.main, [*calibrate, "--delta", "2"], "delta 2.0 is out of range")
+    with pytest.MonkeyPatch.context() as mp:  # all this is said before anything is decoded
+        mp.setattr(fractal_eval, "continuations", lambda *_: pytest.fail("decodes first"))
+        fails(capsys, fractal_eval.main, [*calibrate, "--new-tokens", "0"], "--new-tokens is 0; it must be at least 1")
+        fails(capsys, fractal_eval.main, [*calibrate, "--budget", "5"], "the budget 5.0 is out of range")
+        fails(capsys, fractal_eval.main, [*calibrate, "--budget", "0.01"], "less than the narrowest widths cost")
     fails(capsys, fractal_eval.main, [*calibrate, "--delta", "0.3", "--epsilon", "0.3", "--sequences", "99999"],
           "the validation text ends after", "ask for fewer")
     evidence = fractal_eval.main([*calibrate, "--delta", "0.3", "--epsilon", "0.3", "--sequences", "12"])
     loaded = ckpt.load(auto)
     assert loaded.info["calibration"] == json.loads(json.dumps(evidence)) and evidence["sequences"] == 9
     assert loaded.model.config.exit_threshold == evidence["exit_threshold"]
+
+    # what is chosen beforehand is chosen on other rows than the test's, with a budget too
+    prices, tested = [], {}
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(fractal_eval, "calibrate_prices", lambda model, prompts, budgets: prices.append(prompts) or [])
+        mp.setattr(fractal_eval, "differing", lambda model, ids, start, *_: (
+            tested.update({len(ids): ids[:, :start].tolist()}) or torch.zeros(len(ids)), 1.0))
+        for more in [], ["--budget", "1"]:
+            fractal_eval.main([*calibrate, "--delta", "0.3", "--epsilon", "0.3", "--sequences", "20", *more])
+            assert len(prices[-1]) == 5 and len(tested[15]) == 15 and not any(p in tested[15] for p in prices[-1])
+            tested.clear()
 
     rows = frontier.main(["--checkpoint", str(auto), *docs, "--eval-tokens", "256", "--device-batch-size", "2", "--budgets",
                           "1.0", "--thresholds", "1.0,0.4", "--beside", f"itself={auto}"])["rows"]
@@ -219,6 +240,20 @@ def test_a_changed_source_is_noticed(home, cwd, capsys):
     fails(capsys, fractal_train.main, [*args, str(cwd / "hybrid_checkpoints/d2_64")], "source_sha256", "--fresh")
 
 
+def test_the_default_length_counts_new_entries_alone(home, cwd, capsys):
+    """20 tokens for each entry that stage 2 changes: the old corners of grown tensors are none of these."""
+    surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
+    surgery.main(["--expand-from", "64", "--tag", "d2", "--new-dim", "128"])
+    grown = cwd / "hybrid_checkpoints/d2_128"
+    with pytest.raises(SystemExit):  # it says what it would do, and finds nothing to export
+        fractal_train.main(["--checkpoint", str(grown), "--data", str(home / "docs"), *SMALL, "--export"])
+    old, new = (ckpt.load(p).model for p in (cwd / "hybrid_checkpoints/d2_64", grown))
+    kept = sum(p.numel() for n, p in language_parameters(old).items() if ".mamba." not in n)
+    trained = sum(p.numel() for p in language_parameters(new).values()) - kept
+    out = capsys.readouterr().out
+    assert f"; trained {trained:,}\n" in out and f"\nsteps {round(20 * trained / 256):,};" in out
+
+
 def test_a_fresh_model_of_a_sub_models_size(home, cwd):
     surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
     hybrid = str(cwd / "hybrid_checkpoints/d2_64")
@@ -252,6 +287,11 @@ def test_drafts_are_trained_used_and_measured(home, cwd, capsys):
     assert "tokens were drafted" in err and "of plain decoding's" in err
     fails(capsys, chat_cli.main, [*chat, "--lossless", "--budget", "0.5"], "drop --budget")
 
+    race = ["speculative", "--checkpoint", str(folder), *docs]
+    fails(capsys, bench.main, [*race, "--max-tokens", "2"], "--max-tokens is 2; it must be at least 3")
+    fails(capsys, bench.main, [*race, "--table", "-1"], "--table is -1; it must be at least 0")
+    fails(capsys, bench.main, [*race, "--length", "9"], "--length 9 is out of range: give 1 to 8")
+    bench.main([*race, "--prompts", "0", "--max-tokens", "3", "--table", "1"])  # the least that has anything to draft
     bench.main(["speculative", "--checkpoint", str(folder), *docs, "--prompts", "2", "--max-tokens", "9", "--table", "1",
                 "--proof", "18", "--json", str(cwd / "bench.json")])
     result = json.loads((cwd / "bench.json").read_text())
@@ -314,6 +354,7 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
     fails(capsys, base_train.main, [*base_args(home), "--num-iterations", "0"], "--num-iterations is 0")
     fails(capsys, fractal_eval.main, ["--checkpoint", hybrid, "--eval-tokens", "0"], "at least 1")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "auto", "-p", "x"], "needs trained controls")
+    fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "-p", "x", "--trace", "--max-tokens", "0"], "--max-tokens is 0")
     fails(capsys, extract.main, ["--checkpoint", hybrid, "--mode", "normal", "--dst", base], "not empty")
     fails(capsys, extract.main, ["--checkpoint", hybrid, "--mode", "normal", "--dst", str(cwd / "x"), "--seed", "1"],
           "no effect without --fresh")
@@ -369,13 +410,41 @@ def test_wandb_logs_offline(home, cwd, monkeypatch):
     assert list((cwd / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-@pytest.mark.parametrize("script", [base_train, chat_cli, extract, fractal_eval, fractal_train, surgery, tok_train])
-def test_every_flag_has_help(script, capsys):
-    with pytest.raises(SystemExit) as e:
-        script.main(["--help"])
-    assert e.value.code == 0
-    flags = [x.strip() for x in capsys.readouterr().out.splitlines() if x.startswith("  -")]
-    assert len(flags) >= 4
+def commands():
+    """Every module that a user runs: name -> it."""
+    names = [f"{p.parent.name}.{p.stem}" for folder in ("nanochat", "scripts", "tiny_experiment")
+             for p in sorted((ROOT / folder).glob("*.py")) if "\n    main()\n" in p.read_text()]
+    return {name: importlib.import_module(name) for name in names}
+
+
+def test_every_flag_has_help(monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def caught(parser, *_):
+        raise Parsed(parser)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", caught)
+    modules = commands()
+    assert {"scripts.plan", "scripts.bench", "scripts.compare_steps", "nanochat.mixture", "tiny_experiment.__main__"} <= \
+        modules.keys()
+    for name, module in modules.items():
+        with pytest.raises(Parsed) as info:
+            module.main()
+        parsers, flags = [(name, info.value.args[0])], []
+        for where, parser in parsers:
+            for action in parser._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    parsers += [(f"{where} {k}", sub) for k, sub in action.choices.items()]
+                else:
+                    assert action.help and action.help != argparse.SUPPRESS, (where, action.option_strings or action.dest)
+                    flags.append(action)
+            parser.format_help()  # a stray % in a help text would raise
+        assert len(flags) >= 2, name
+
+
+def test_an_installation_has_all_packages():
+    listed = re.search(r"^packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert sorted(re.findall(r'"([\w.]+)"', listed)) == sorted(p.parent.name for p in ROOT.glob("*/__init__.py"))
 
 
 def test_compare_steps_spends_the_same_on_every_kind(tmp_path, monkeypatch):

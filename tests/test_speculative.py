@@ -316,11 +316,28 @@ def test_the_best_draft_is_chosen_by_what_it_brings(hybrid):
     record.plain, record.drafts = {1: 1.0}, {(drafts[0], 1): 0.3, (drafts[1], 1): 0.6}
     record.checks = {(drafts[0], 1): {4: 0.8}, (drafts[1], 1): {4: 0.6}}
 
-    def best(a, b):
+    def best(a, b, length=None):
         record.counts = {drafts[0]: (1e4 * a, 1e4), drafts[1]: (1e4 * b, 1e4)}
-        plan = speculative.Speculation(record, drafts, None, (0, None, None), [Trace(1, (64,) * 6)])
+        plan = speculative.Speculation(record, drafts, length, (0, None, None), [Trace(1, (64,) * 6)])
         return plan.plan([0], 8)[0]
     assert best(0.9, 0.95) == drafts[0] and best(0.3, 0.99) == drafts[1] and best(0, 0) is None
+    # at a given length too: there is no pause, and the one that is best at another length may not be
+    assert best(0.9, 0.95, 3) == drafts[0] and best(0.3, 0.99, 3) == drafts[1] and best(0, 0, 3) is not None
+    record.checks[drafts[1], 1] |= {2: 0.1}
+    assert best(0.9, 0.95, 1) == drafts[1]
+    record.plain = {}
+    assert best(0.9, 0.95, 3) is None  # a plain token comes first, which says what the others cost
+
+
+def test_a_draft_of_given_length_is_chosen_among_all(hybrid, monkeypatch):
+    """Of any depth and width, once the first has been seen to fail."""
+    engine = Engine(hybrid, None)
+    want = engine.answers(PROMPTS[:1], 40, temperature=0)
+    scripted(monkeypatch, PROMPTS[:1], want, [0])
+    monkeypatch.setattr(Record, "timed", lambda self, table, key, seconds: table.update({key: 1.0}))
+    assert engine.answers(PROMPTS[:1], 40, temperature=0, lossless=True, mode="auto", draft=4) == want
+    rounds = engine.traces[0].rounds
+    assert rounds[0].draft is None and {r.drafted for r in rounds[1:-4]} == {4} and len({r.draft for r in rounds}) > 2
 
 
 @pytest.mark.parametrize("a", [0.0, 0.6, 1.0])
