@@ -373,6 +373,7 @@ def calibrate_prices(model, prompts: list[list[int]], budgets: list[float]) -> l
 
 # Exit thresholds in the order of their testing, strictest first; 1 never exits.
 THRESHOLDS = (1.0, 0.999, 0.997, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.87, 0.83, 0.78, 0.7, 0.6, 0.5)
+PATH_STEPS = 20  # limits on the cost that pareto_path tries
 
 
 def sequences_needed(delta: float, epsilon: float) -> int:
@@ -424,15 +425,21 @@ def fixed_sequence(losses: torch.Tensor, delta: float, epsilon: float) -> tuple[
 def pareto_path(points: list[tuple[tuple[float, float], float, float]]) -> list[tuple[float, float]]:
     """
     The order in which to test settings (budget, exit threshold), from (setting, loss, cost) of each on tuning data that the
-    test does not use: those that no cheaper one equals in loss, the dearest first, behind full compute (Pareto testing,
-    Laufer-Goldshtein et al. 2022, arXiv 2210.07913).
+    test does not use: behind full compute, for ever lower limits on the cost, the setting of least loss that keeps within
+    (Pareto testing, Laufer-Goldshtein et al. 2022, arXiv 2210.07913). Of settings that lose alike, as nothing at all on few
+    data, the one nearer to full compute in both respects: a path that leaps to the cheapest of these fails its first test.
     """
-    front, least = [], math.inf
-    for setting, loss, _ in sorted(points, key=lambda p: (p[2], p[1])):
-        if loss < least and setting != (1.0, 1.0):
-            front.append(setting)
-            least = loss
-    return [(1.0, 1.0), *reversed(front)]
+    grids = [sorted({s[k] for s, _, _ in points}, reverse=True) for k in (0, 1)]
+
+    def key(point):
+        setting, loss, cost = point
+        return loss, max(grid.index(v) / len(grid) for v, grid in zip(setting, grids)), -cost
+    full, path = max(cost for _, _, cost in points), [(1.0, 1.0)]
+    for k in range(1, PATH_STEPS):
+        within = [p for p in points if p[2] <= full * (1 - k / PATH_STEPS)]
+        if within and (best := min(within, key=key)[0]) not in path:
+            path.append(best)
+    return path
 
 
 def tune(model, run, most: float) -> list[tuple[float, float]]:

@@ -3,6 +3,7 @@ The controls: what they see, what they decide, and that deciding token by token,
 the same. The fixture's gate and predictor are random, which is enough for that.
 """
 import functools
+import itertools
 import math
 
 import pytest
@@ -396,6 +397,15 @@ def test_settings_are_tested_from_the_dearest_on_and_only_if_nothing_beats_them(
     a, b, c, d, e = (1.0, 0.9), (0.8, 1.0), (0.8, 0.9), (0.6, 1.0), (0.6, 0.9)
     points = [((1.0, 1.0), 0.0, 100), (a, 0.01, 90), (b, 0.02, 95), (c, 0.03, 60), (d, 0.03, 70), (e, 0.2, 40)]
     assert pareto_path(points) == [(1.0, 1.0), a, c, e]
+
+
+def test_where_nothing_is_lost_the_path_does_not_leap():
+    """All alike on few data: the cheapest comes last, behind settings that are milder in both respects."""
+    points = [((b, t), 0.0, 100 * b * t) for b in (1.0, 0.8, 0.6) for t in (1.0, 0.9, 0.7)]
+    path = pareto_path(points)
+    assert path[0] == (1.0, 1.0) and path[-1] == (0.6, 0.7) and path.index((0.8, 0.9)) < path.index((1.0, 0.7))
+    costs = [b * t for b, t in path]
+    assert costs == sorted(costs, reverse=True) and max(a - b for a, b in itertools.pairwise(costs)) < 0.3
 
 
 def test_tuning_stops_lowering_a_threshold_where_too_much_is_lost(hybrid):

@@ -36,7 +36,7 @@ from nanochat.stages import set_trained
 from nanochat.training import set_rates
 from tiny_experiment.tasks import DIFFICULTIES, Encoder, draw_many, make_tokenizer
 
-DELTA, EPSILON = 0.01, 0.05
+DELTA, EPSILON = 0.005, 0.05
 SCHEDULE = 0.02, 0.98  # shares of the steps that warm up and down
 
 
@@ -275,7 +275,7 @@ def calibrate_answers(tuning: Judge, judge: Judge) -> tuple[dict, torch.Tensor]:
     return evidence | {"risk": risk, "prices": prices}, losses
 
 
-def resampled_promise(losses: torch.Tensor, trials: int = 200, n: int = 600) -> dict:
+def resampled_promise(losses: torch.Tensor, trials: int = 200, n: int = 1200) -> dict:
     """
     Does calibration keep its promise? Calibrates on n instances drawn anew from all of `losses` (thresholds, instances),
     whose means are then the true risks; counts the trials in which the chosen threshold's exceeds delta.
