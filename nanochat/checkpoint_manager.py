@@ -300,8 +300,10 @@ def carry_optimizers(path: Path, optimizers: list) -> int:
                     raise ValueError(f"the optimizer's state of {name} in {path} is of another shape than {tuple(p.shape)}: "
                                      "it belongs to another model; remove it to start with fresh states")
                 for k, v in moments.items():
-                    opt.state[p][k] = torch.zeros_like(p) if v.ndim else v.clone()
-                    local(opt.state[p][k]).copy_(v[local_rows(p)] if v.ndim else v)
+                    # a count of steps too belongs on the parameter's device: the fused AdamW takes no other
+                    opt.state[p][k] = torch.zeros_like(p) if v.ndim else v.to(p.device, copy=True)
+                    if v.ndim:
+                        local(opt.state[p][k]).copy_(v[local_rows(p)])
                 carried += bool(moments)
     return carried
 

@@ -182,8 +182,10 @@ def load(path: Path, model, optimizers: list) -> None:
             for key in saved:
                 if key.startswith(f"optim.{name}/"):
                     what = key.rpartition("/")[2]
-                    if what not in optimizer.state[p]:  # a count of steps has no shape, a moment has its parameter's
-                        optimizer.state[p][what] = torch.zeros_like(p) if saved[key].size else torch.zeros(())
+                    if what not in optimizer.state[p]:
+                        # a moment has its parameter's shape, a count of steps none: the fused AdamW wants both on its device
+                        optimizer.state[p][what] = \
+                            torch.zeros_like(p) if saved[key].size else torch.zeros((), device=p.device)
                     state[key] = optimizer.state[p][what]
     wrong = sorted(saved.keys() ^ state.keys()) or [k for k in state if saved[k].size != state[k].shape]
     if wrong:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as ckpt
+from nanochat import step_checkpoint
 from nanochat.checkpoint_manager import build_model
 from nanochat.common import atomic_write
 from nanochat.optim import setup_optimizers
@@ -33,6 +34,32 @@ def test_step_roundtrip_with_nanochats_names(base, tokens, tmp_path):
     for a, b in zip(opts, fresh):
         sa, sb = a.state_dict()["state"], b.state_dict()["state"]
         assert sa.keys() == sb.keys() and all(torch.equal(sa[i][k], sb[i][k]) for i in sa for k in sa[i])
+
+
+def test_optimizer_state_lands_on_the_parameters_device(base, tokens, tmp_path, monkeypatch):
+    """
+    Moments and counts of steps, carried and resumed: torch's fused AdamW moves neither. The meta device stands in for a GPU.
+    """
+    opts = setup_optimizers(base)
+    base(tokens, tokens)[0].backward()
+    for o in opts:
+        o.step()
+    ckpt.save_optimizers(tmp_path / "optim.pt", opts)
+    saver = step_checkpoint.Saver(tmp_path, keep=1)
+    saver.save(1, base, opts, {}, {})
+    saver.wait()
+    own = sorted((n, k) for o in opts for g in o.param_groups for n, p in zip(g["param_names"], g["params"])
+                 for k in o.state[p])
+    assert {k for _, k in own} == {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
+    monkeypatch.setattr(step_checkpoint.dcp, "load", lambda *a, **k: None)  # there is nowhere to read to
+    for load in (lambda model, fresh: ckpt.carry_optimizers(tmp_path / "optim.pt", fresh),
+                 lambda model, fresh: step_checkpoint.load(tmp_path / "step_000001", model, fresh)):
+        model = build_model(base.config, "meta")
+        fresh = setup_optimizers(model)
+        load(model, fresh)
+        state = {(n, k): v for o in fresh for g in o.param_groups for n, p in zip(g["param_names"], g["params"])
+                 for k, v in o.state[p].items()}
+        assert sorted(state) == own and {v.device.type for v in state.values()} == {"meta"}
 
 
 def test_a_nanochat_file_loads(base, tmp_path):
