@@ -43,6 +43,7 @@ class ElasticStep:
     """
     def __init__(self, model, seed: int, steps: int, recipe: str | None, sample: bool = True, levels=None,
                  student_every: int = 4, energy_weight: float = 1.0, draft_exit: int | None = None):
+        assert draft_exit is None or recipe is None or recipe in TAUGHT, "drafts have a teacher"
         self.model, self.seed, self.steps, self.recipe, self.sample = model, seed, steps, recipe, sample
         self.levels, self.every, self.energy_weight = levels or model.config.levels, student_every, energy_weight
         self.draft_exit, self._flops = draft_exit, {}

@@ -153,17 +153,25 @@ def _sum(path: Path) -> tuple[int, int]:
     return size, crc
 
 
-def settle(args, folder: Path) -> None:
-    """Gives the batch flags that `args` leave open the values of the run that is to be resumed, on however many ranks."""
+def settle(args, folder: Path) -> bool:
+    """
+    Gives the batch flags that `args` leave open the values of the run that is to be resumed, on however many ranks; returns
+    whether there is one.
+    """
     for step in reversed(steps(folder)):
         try:
             settings = read_meta(path_of(folder, step))["settings"]
-        except (OSError, ValueError, KeyError):
+            found = {name: settings[name] for name in ("total_batch_size", "eval_tokens")}
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged: find_whole will say so
-        for name in ("total_batch_size", "eval_tokens"):
+        if not all(type(value) is int and value > 0 for value in found.values()):
+            raise ValueError(f"the settings in {path_of(folder, step)}/meta.json are none ({found}): use a checkpoint from "
+                             "a source you trust, or --fresh to start over")
+        for name, value in found.items():
             if getattr(args, name) == -1:
-                setattr(args, name, settings[name])
-        return
+                setattr(args, name, value)
+        return True
+    return False
 
 
 def read_rank(path: Path, rank: int) -> dict:
@@ -212,6 +220,7 @@ class Saver:
     them. All ranks call alike. An OSError of the thread is raised by the next call; what was there before is untouched.
     """
     def __init__(self, folder: Path, keep: int):
+        assert keep > 0, keep
         self.folder, self.keep = Path(folder), keep
         # of its own: the thread's exchanges must not mix with the training's
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None

@@ -74,20 +74,18 @@ def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -
     p.add_argument("--device", default=None, choices=["cpu", "cuda"], help="default: cuda where there is one")
 
 
-def derive_batch(args, sequence_len: int) -> tuple[torch.device, torch.dtype, int]:
+def derive_batch(args, sequence_len: int, folder: Path) -> tuple[torch.device, torch.dtype, int]:
     """
     Checks the numeric flags, joins the other processes if torchrun started several, fills in the device, device batch and
-    total batch that `args` leave open, prints each derivation, and returns (device, compute dtype, gradient accumulation
-    passes per step).
+    total batch that `args` leave open (as the run in `folder` has them, where one is to be resumed), prints each derivation,
+    and returns (device, compute dtype, gradient accumulation passes per step).
     """
-    for name, least in (("log_every", 1), ("keep_checkpoints", 1), ("device_batch_size", 1), ("total_batch_size", 1),
-                        ("num_iterations", 1), ("eval_tokens", 1), ("max_skipped_steps", 1)):
-        value = getattr(args, name)
-        if value < least and value != -1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    _check_numbers(args)
     kind = args.device or autodetect_device_type()
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch sees no CUDA device: drop the flag to run on the CPU")
+    asked = args.total_batch_size > 0
+    resumed = not args.fresh and step_checkpoint.settle(args, folder)
     device, dtype, world = init_processes(kind), get_compute_dtype(kind), get_rank()[1]
     if args.device_batch_size < 0:
         args.device_batch_size = 32 if kind == "cuda" else 8
@@ -97,15 +95,47 @@ def derive_batch(args, sequence_len: int) -> tuple[torch.device, torch.dtype, in
     if args.eval_tokens < 0:
         args.eval_tokens = 20 * one_pass
     if args.total_batch_size % one_pass:
-        raise ValueError(f"--total-batch-size {args.total_batch_size} is no multiple of the {one_pass} tokens of one pass "
-                         f"({args.device_batch_size} rows x {sequence_len}" + (f" x {world} processes" if world > 1 else "")
-                         + "): choose one that is")
+        of_pass = (f"the {one_pass} tokens of one pass ({args.device_batch_size} rows x {sequence_len}"
+                   + (f" x {world} processes" if world > 1 else "") + ")")
+        if asked or not resumed:
+            raise ValueError(f"--total-batch-size {args.total_batch_size} is no multiple of {of_pass}: choose one that is")
+        rows = args.total_batch_size // sequence_len
+        raise ValueError(f"{folder} holds a run with {args.total_batch_size} tokens, {rows} rows, in a step, which is no "
+                         f"multiple of {of_pass}: " + (f"choose a --device-batch-size that divides {rows // world}"
+                         if rows % world == 0 else f"resume it with a number of processes that divides {rows}")
+                         + ", or start over with --fresh")
     passes = args.total_batch_size // one_pass
     print0(f"device {kind}, {torch.get_num_threads()} threads, compute dtype {str(dtype).removeprefix('torch.')}"
            + (f", {world} processes" if world > 1 else ""))
     print0(f"tokens per step {args.total_batch_size:,} = {args.device_batch_size} rows x {sequence_len} tokens x "
            + (f"{world} processes x " if world > 1 else "") + f"{passes} pass{'es' if passes > 1 else ''}")
     return device, dtype, passes
+
+
+def _check_numbers(args) -> None:
+    """ValueError for a flag of add_training_args whose number means nothing; -1 is one's default or a word for never."""
+    for name in ("log_every", "keep_checkpoints", "max_skipped_steps", "device_batch_size", "total_batch_size",
+                 "num_iterations", "eval_tokens", "eval_every", "save_every"):
+        value = getattr(args, name)
+        may_be_open = name not in ("log_every", "keep_checkpoints", "max_skipped_steps")
+        if value < 1 and not (may_be_open and value == -1):
+            raise ValueError(f"{flag(name)} is {value}; it must be at least 1" + (", or -1" if may_be_open else ""))
+    for name in ("warmup_ratio", "warmdown_ratio"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"{flag(name)} is {getattr(args, name)}; it is a share of the steps, from 0 to 1")
+    for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
+        check_rate(args, name)
+
+
+def check_rate(args, name: str) -> None:
+    """ValueError for a rate or weight that is negative or not finite."""
+    if not 0 <= getattr(args, name) < math.inf:
+        raise ValueError(f"{flag(name)} is {getattr(args, name)}; it must be a finite number, 0 or more")
+
+
+def flag(name: str) -> str:
+    """An argument's name as the flag that sets it."""
+    return f"--{name.replace('_', '-')}"
 
 
 class Share(NamedTuple):

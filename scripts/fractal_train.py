@@ -22,7 +22,7 @@ import argparse
 import itertools
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat import distributed, stages, step_checkpoint
+from nanochat import distributed, stages
 from nanochat.common import cli, get_base_dir, get_rank, print0
 from nanochat.confidence_probe import budget_grid, calibrate_prices
 from nanochat.dataloader import DataLoader
@@ -30,7 +30,7 @@ from nanochat.elastic_step import RECIPES, TAUGHT, ElasticStep
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.mixture import default_data, prepare_mixture
 from nanochat.optim import setup_optimizers, state_bytes
-from nanochat.training import Run, add_training_args, derive_batch
+from nanochat.training import Run, add_training_args, check_rate, derive_batch, flag
 
 RATES = {"matrix_lr": {"matrix"}, "embedding_lr": {"embedding"}, "unembedding_lr": {"unembedding"}, "scalar_lr": {"scalar"},
          "weight_decay": {"matrix", "embedding", "unembedding"}}
@@ -89,11 +89,16 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
         raise ValueError(f"--recipe {args.recipe} has passes at sampled widths only: add --sample-dim")
     if args.recipe == "split" and args.matryoshka and args.device_batch_size == 1:
         raise ValueError("--recipe split needs at least two rows: raise --device-batch-size, or use --recipe single")
+    if args.draft_exit is not None and args.matryoshka and args.recipe not in TAUGHT:
+        raise ValueError(f"--draft-exit learns what a teacher says, and --recipe {args.recipe} has none: drop --draft-exit, "
+                         f"or choose --recipe {', '.join(r for r in RECIPES if r in TAUGHT)}")
     if args.student_every < 1:
         raise ValueError(f"--student-every is {args.student_every}; it must be at least 1")
     given = {k for k, v in vars(args).items() if v != p.get_default(k)}
     if args.lr_scale is None:
         args.lr_scale = 0.3 if args.unfreeze else 1.0
+    for name in ("lr_scale", "energy_lambda"):
+        check_rate(args, name)
     return args, given
 
 
@@ -143,7 +148,7 @@ def say_without_effect(given: set[str], args, phase: str, groups: set[str]) -> N
     if args.recipe != "every":
         idle["student_every"] = "it is for --recipe every"
     for name in sorted(given & idle.keys()):
-        print0(f"note: --{name.replace('_', '-')} has no effect in phase {phase}: {idle[name]}")
+        print0(f"note: {flag(name)} has no effect in phase {phase}: {idle[name]}")
 
 
 @cli
@@ -165,9 +170,7 @@ def main(argv=None):
     folder = get_base_dir() / "fractal_checkpoints" / f"{args.tag}_{config.n_embd}{suffix}"
     if folder.resolve() == file.parent.resolve():
         raise ValueError(f"{folder} is both the source and the destination: name another family with --tag")
-    if not args.fresh:
-        step_checkpoint.settle(args, folder)
-    device, dtype, passes = derive_batch(args, T)
+    device, dtype, passes = derive_batch(args, T, folder)
     rank, world = get_rank()
 
     model = ckpt.build_model(config, "meta")

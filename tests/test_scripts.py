@@ -8,7 +8,7 @@ import torch
 from conftest import language_parameters
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat import step_checkpoint
+from nanochat import step_checkpoint, training
 from nanochat.loss_eval import Student, matryoshka_backward
 from nanochat.surgery import extract as surgery_extract
 from scripts import (
@@ -310,8 +310,22 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
     fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--sample-dim", *docs], "no effect without --matryoshka")
     fails(capsys, fractal_train.main, ["--checkpoint", str(cwd / "none")], "no model in", "scripts.surgery")
     fails(capsys, fractal_train.main, ["--checkpoint", hybrid, *docs, "--log-every", "0"], "--log-every is 0")
-    fails(capsys, base_train.main, [*base_args(home), "--keep-checkpoints", "-2"], "--keep-checkpoints is -2")
-    fails(capsys, base_train.main, [*base_args(home), "--num-iterations", "0"], "--num-iterations is 0")
+    for name in ("--keep-checkpoints", "--max-skipped-steps", "--log-every"):  # -1 is not their word for never
+        for value in ("-1", "0"):
+            fails(capsys, base_train.main, [*base_args(home), name, value], f"{name} is {value}; it must be at least 1")
+    for name in ("--num-iterations", "--save-every", "--eval-every"):
+        fails(capsys, base_train.main, [*base_args(home), name, "0"], f"{name} is 0; it must be at least 1, or -1")
+    for name, value in (("--warmdown-ratio", "-0.5"), ("--warmup-ratio", "1.1"), ("--warmup-ratio", "nan")):
+        fails(capsys, base_train.main, [*base_args(home), name, value], f"{name} is {value}; it is a share of the steps")
+    for name in ("--matrix-lr", "--embedding-lr", "--unembedding-lr", "--scalar-lr", "--weight-decay"):
+        fails(capsys, base_train.main, [*base_args(home), name, "-1"], f"{name} is -1.0", "0 or more")
+    fails(capsys, base_train.main, [*base_args(home), "--matrix-lr", "inf"], "--matrix-lr is inf", "a finite number")
+    fails(capsys, base_train.main, [*base_args(home), "--target-param-data-ratio", "-20"], "must be a number above 0")
+    for name in ("--lr-scale", "--energy-lambda"):
+        fails(capsys, fractal_train.main, ["--checkpoint", hybrid, *docs, name, "-1"], f"{name} is -1.0", "0 or more")
+    for recipe in ("single", "split"):
+        fails(capsys, fractal_train.main, ["--checkpoint", hybrid, *docs, "--matryoshka", "--sample-dim", "--recipe", recipe,
+                                           "--draft-exit", "2"], f"{recipe} has none", "choose --recipe both, every, half")
     fails(capsys, fractal_eval.main, ["--checkpoint", hybrid, "--eval-tokens", "0"], "at least 1")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "auto", "-p", "x"], "needs trained controls")
     fails(capsys, extract.main, ["--checkpoint", hybrid, "--mode", "normal", "--dst", base], "not empty")
@@ -330,6 +344,23 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
     monkeypatch.setenv("NANOCHAT_DTYPE", "fp8")
     fails(capsys, base_train.main, base_args(home), "NANOCHAT_DTYPE=fp8", "bfloat16")
     assert listing(cwd) == before
+
+
+def test_a_batch_that_does_not_split_names_what_can_be_changed(home, cwd, capsys, monkeypatch):
+    """A resumed run's total batch was not given and cannot be: rows of a pass and processes can."""
+    args = base_args(home)
+    at = args.index("--total-batch-size")
+    del args[at:at + 2]
+    resume = [*args, "--num-iterations", "12"]
+    fails(capsys, base_train.main, [*resume, "--device-batch-size", "3"], "256 tokens, 4 rows, in a step",
+          "choose a --device-batch-size that divides 4")
+    fails(capsys, base_train.main, [*resume, "--device-batch-size", "3", "--total-batch-size", "256"],
+          "--total-batch-size 256 is no multiple", "choose one that is")
+    monkeypatch.setattr(training, "init_processes", torch.device)
+    monkeypatch.setattr(training, "get_rank", lambda: (0, 3))
+    fails(capsys, base_train.main, resume, "3 processes", "with a number of processes that divides 4")
+    monkeypatch.setattr(training, "get_rank", lambda: (0, 2))
+    fails(capsys, base_train.main, resume, "choose a --device-batch-size that divides 2")
 
 
 def test_damaged_checkpoints_are_named(home, cwd, capsys):
