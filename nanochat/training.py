@@ -263,16 +263,20 @@ class Run:
     def _open_data(self, tokenizer, data, sequence_len, device, data_from) -> DataLoader:
         """The training batches: where this run stopped, or behind an earlier phase's, or from the beginning."""
         where = tokenizer, data, "train", self.args.device_batch_size, sequence_len, *get_rank(), device
+        loader, fault = None, None
         try:
             loader = DataLoader(*where, self.loader or data_from, seed=self.args.seed)
+        except ValueError as e:
+            fault = str(e)
+        faults = [f for f in everyone(fault) if f]  # all ranks go on, or none: they read one text
+        if not faults:
             if self.meta is None and data_from:
                 print0(f"the data goes on behind the {loader.tokens_read * get_rank()[1]:,} tokens of the phases before")
             return loader
-        except ValueError as e:
-            if self.meta is not None or data_from is None:
-                raise
-            print0(f"the data starts from its beginning, not where the phase before stopped: {e}")
-            return DataLoader(*where, seed=self.args.seed)
+        if self.meta is not None or data_from is None:
+            raise ValueError(faults[0])
+        print0(f"the data starts from its beginning, not where the phase before stopped: {faults[0]}")
+        return DataLoader(*where, seed=self.args.seed)
 
     def train(self, model, optimizers, tokenizer, data, backward, evaluate, passes: int, sequence_len: int,
               data_from=None) -> dict:

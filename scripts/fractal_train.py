@@ -233,7 +233,7 @@ def main(argv=None):
     ckpt.save_export(folder, model, tokenizer, {
         "tag": args.tag, "provenance": {"trained": suffix[1:] or phase, "steps": figures.get("steps", run.start),
                                         "source_sha256": source, "from": info.get("provenance")},
-        "figures": figures, "loader": run.loader if world > 1 else run.loader[0],
+        "figures": figures, "loader": run.loader,
         **({"calibration": uncalibrated(model, tokenizer, data)} if args.controls else {})})
     said = f": {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte at full width" if "bpb" in figures else ""
     print0(f"wrote {folder}{said}")

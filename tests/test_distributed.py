@@ -207,7 +207,7 @@ def same_files(a, b, names=("model.pt", "optim.pt")):
         assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
 
 
-def test_a_killed_and_a_stopped_run_lose_nothing(home, cwd, tmp_path):
+def test_a_killed_and_a_stopped_run_lose_nothing(home, cwd, tmp_path, capsys):
     folder, argv = cwd / "fractal_checkpoints" / "t_32", flags(home, cwd, 2)
     ranks.together(2, ranks.fractal, argv, out=tmp_path / "log" / "whole")
     kept = cwd / "whole"
@@ -240,6 +240,14 @@ def test_a_killed_and_a_stopped_run_lose_nothing(home, cwd, tmp_path):
         assert "goes on behind the furthest" in (tmp_path / "log" / f"on{world}" / "0.log").read_text()
         assert list(losses(folder)) == list(range(7)) and losses(folder)[1] == losses(kept)[1]
     same_files(cwd / "exported1", cwd / "exported3")
+
+    # whoever exported it, the position is that of both ranks, and a phase behind it goes on there
+    states = [step_checkpoint.read_rank(cwd / "on_other_ranks" / "step_000002", rank)["loader"] for rank in range(2)]
+    for world in (1, 3):
+        assert ckpt.load_json(cwd / f"exported{world}" / "config.json")["loader"] == states
+    capsys.readouterr()
+    fractal_train.main([*flags(home, cwd), "--checkpoint", str(cwd / "exported1"), "--unfreeze", "--num-iterations", "1"])
+    assert f"the data goes on behind the {2 * 12 * 32:,} tokens" in capsys.readouterr().out
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(home, cwd, capsys, monkeypatch):
