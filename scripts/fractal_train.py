@@ -43,6 +43,15 @@ def uncalibrated(model, tokenizer, data, rows: int = 64) -> dict:
     return {"budget": 1.0, "prices": calibrate_prices(model, x[:, :max(1, T // 4)].tolist(), budget_grid(model))}
 
 
+def is_export_of(folder, step: int, source: str) -> bool:
+    """Whether the export in `folder` is a run's after so many steps; its config.json is what is written last."""
+    try:
+        provenance = ckpt.load_json(folder / "config.json").get("provenance")
+    except (FileNotFoundError, ValueError):
+        return False
+    return (folder / "model.pt").is_file() and isinstance(provenance, dict) and (provenance.get("steps"), provenance.get("source_sha256")) == (step, source)
+
+
 def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
     """The flags, and the names of those that were given another value than their default."""
     p = argparse.ArgumentParser(description="Train a hybrid at sampled widths, stage by stage.")
@@ -89,6 +98,8 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
         raise ValueError(f"--recipe {args.recipe} has passes at sampled widths only: add --sample-dim")
     if args.recipe == "split" and args.matryoshka and args.device_batch_size == 1:
         raise ValueError("--recipe split needs at least two rows: raise --device-batch-size, or use --recipe single")
+    if args.export and args.fresh:
+        raise ValueError("--fresh deletes the checkpoints that --export is to write from: drop one of them")
     if args.draft_exit is not None and args.matryoshka and args.recipe not in TAUGHT:
         raise ValueError(f"--draft-exit learns what a teacher says, and --recipe {args.recipe} has none: drop --draft-exit, "
                          f"or choose --recipe {', '.join(r for r in RECIPES if r in TAUGHT)}")
@@ -184,7 +195,8 @@ def main(argv=None):
         args.num_iterations = max(1, round(20 * trained / args.total_batch_size))
     print0(f"steps {args.num_iterations:,}; levels {', '.join(map(str, levels or config.levels))}")
     args.data = args.data or default_data(device.type)
-    data = distributed.first_alone(lambda: prepare_mixture(args.data))
+    # an export of what is trained reads no text, but for the controls' prices
+    data = None if args.export and not args.controls else distributed.first_alone(lambda: prepare_mixture(args.data))
 
     source = distributed.everyone(ckpt.sha256(file) if rank == 0 else None)[0]
     run = Run(folder, args, {"source_sha256": source, "dtype": str(dtype), "phase": phase})
@@ -229,6 +241,9 @@ def main(argv=None):
         step = ElasticStep(model, args.seed, args.num_iterations, recipe, args.sample_dim, levels, args.student_every,
                            args.energy_lambda, args.draft_exit)
         figures = run.train(model, optimizers, tokenizer, data, step, evaluate, passes, T, data_from=info.get("loader"))
+    if run.finished and distributed.everyone(is_export_of(folder, run.start, source))[0]:
+        distributed.leave()  # what was added to it since, such as a calibration, stays
+        return figures
     ckpt.save_optimizers(folder / "optim.pt", optimizers)
     ckpt.save_export(folder, model, tokenizer, {
         "tag": args.tag, "provenance": {"trained": suffix[1:] or phase, "steps": figures.get("steps", run.start),

@@ -100,6 +100,14 @@ def test_export_roundtrip(hybrid, tokens, tokenizer, tmp_path):
     assert state.keys() == hybrid.state_dict().keys()
 
 
+def test_an_exports_config_takes_its_place_last(hybrid, tokenizer, tmp_path, monkeypatch):
+    """A run that was killed between the two is known by it: its config is not yet that of the new weights."""
+    placed, replace_file = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (placed.append(b.name), replace_file(a, b)))
+    ckpt.save_export(tmp_path, hybrid, tokenizer, {})
+    assert placed[-2:] == ["model.pt", "config.json"]
+
+
 def test_a_named_file_is_the_one_that_loads(base, tokenizer, tmp_path):
     for step in (1, 2):
         with torch.no_grad():
