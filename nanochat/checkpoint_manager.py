@@ -323,7 +323,7 @@ def optimizer_names(state: dict) -> dict[int, str]:
 def save_export(folder: Path, model: GPT, tokenizer: Tokenizer, info: dict) -> None:
     """
     Writes folder/{model.pt,config.json,tokenizer/}; config.json holds kind, config and `info` (provenance, proof). An
-    earlier export there stays whole until both files have been written (OSError when the disk is full), and config.json takes
+    earlier export there stays whole until both files have been written (OSError when the disk is full). config.json takes
     its place last: what it says is true of the weights beside it. All ranks call, the first one writes.
     """
     folder, state = Path(folder), full_state(model)

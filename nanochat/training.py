@@ -223,6 +223,7 @@ class Run:
         settings = {k: v for k, v in vars(args).items() if k not in WATCHING | SPLIT} | extra_settings
         self.settings = json.loads(json.dumps(settings))
         self.start, self.meta, self.loader = 0, None, None  # loader: the data position of every rank
+        step_checkpoint.check_shared(self.folder)
         if get_rank()[0] == 0:
             step_checkpoint.remove_leftovers(self.folder, everything=args.fresh)
             ckpt.remove_leftovers(self.folder, everything=args.fresh)

@@ -49,7 +49,8 @@ def is_export_of(folder, step: int, source: str) -> bool:
         provenance = ckpt.load_json(folder / "config.json").get("provenance")
     except (FileNotFoundError, ValueError):
         return False
-    return (folder / "model.pt").is_file() and isinstance(provenance, dict) and (provenance.get("steps"), provenance.get("source_sha256")) == (step, source)
+    return (isinstance(provenance, dict) and (provenance.get("steps"), provenance.get("source_sha256")) == (step, source)
+            and (folder / "model.pt").is_file())
 
 
 def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
