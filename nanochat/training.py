@@ -139,10 +139,14 @@ def flag(name: str) -> str:
 
 
 class Share(NamedTuple):
-    """What part one pass of one rank has of a step's supervised tokens, of the tokens the gate looks at, of its passes."""
+    """
+    What part one pass of one rank has of a step's supervised tokens, of the tokens the gate looks at, of its passes; number:
+    which of the step's passes it is, on all ranks.
+    """
     tokens: float
     gate: float
     passes: float
+    number: int = 0
 
 
 def shares(batches: list) -> list[Share]:
@@ -150,7 +154,7 @@ def shares(batches: list) -> list[Share]:
     counts = torch.stack([torch.stack((n.sum(), n.clamp(max=GATE_TOKENS).sum())) for _, y in batches
                           for n in [(y >= 0).sum(1)]]).double()
     total = all_sum(counts.sum(0)).clamp(min=1)
-    return [Share(*row, 1 / len(batches)) for row in (counts / total).tolist()]
+    return [Share(*row, 1 / len(batches), i) for i, row in enumerate((counts / total).tolist())]
 
 
 def pass_flops(model, widths=None, context: float = 0) -> float:
