@@ -288,10 +288,10 @@ class Run:
         """
         Trains to args.num_iterations. backward(step, x, y, share) backpropagates one pass and returns its part of the step's
         losses, which add up over passes and ranks: 'loss' and others; 'flops', its FLOPs; 'a:b' with 'a', where 'a' is to be
-        divided by it. evaluate() returns a dict with 'bpb', the same on all ranks. data_from: a loader state of an earlier
-        phase on the same data; this one goes on behind it, so that no text is seen twice before all has been seen once.
-        Returns the run's figures: 'bpb' and 'first_bpb' (last and first evaluation), 'tok_per_s', 'steps', 'skipped'.
-        SystemExit (128 + the signal) when interrupted, after saving.
+        divided by it. evaluate() returns a dict with 'bpb', the same on all ranks. data_from: the loader states of all ranks
+        of an earlier phase on the same data; this one goes on behind it, so that no text is seen twice before all has been
+        seen once. Returns the run's figures: 'bpb' and 'first_bpb' (last and first evaluation), 'tok_per_s', 'steps',
+        'skipped'. SystemExit (128 + the signal) when interrupted, after saving.
         """
         args, total = self.args, self.args.num_iterations
         loader = self._open_data(tokenizer, data, sequence_len, model.device, data_from)
