@@ -24,7 +24,7 @@ work="$NANOCHAT_BASE_DIR/speedrun_d32"
 hybrid="$NANOCHAT_BASE_DIR/hybrid_checkpoints" trained="$NANOCHAT_BASE_DIR/fractal_checkpoints"
 
 # --- what it needs, looked at before anything is done. The probes can be replaced, for tests and odd machines.
-DISK_GB=660  # in all: tests/test_plan.py holds it against what the code computes
+DISK_GB=900  # in all: tests/test_plan.py holds it against what the code computes
 GPU_PROBE=${GPU_PROBE:-"nvidia-smi --list-gpus"}                              # prints a line for each GPU
 DISK_PROBE=${DISK_PROBE:-"df --output=avail --block-size=1000000000"}         # + folder: its last line is the free GB
 USED_PROBE=${USED_PROBE:-"du --summarize --total --block-size=1000000000"}    # + folders: its last line is what they hold
@@ -97,7 +97,7 @@ train() {  # STAGE WIDTH STEPS: resumes from its newest checkpoint; what only a 
     run "stage$1" torchrun --standalone --nproc_per_node="$gpus" --shutdown-timeout 900 -m scripts.fractal_train \
         --checkpoint "$hybrid/d32_$2/model.pt" --stage "$1" --expanded-dim="$2" --matryoshka --sample-dim \
         --num-iterations "$3" --device-batch-size "$BATCH" --total-batch-size "$TOTAL_BATCH" --gradient-checkpointing \
-        --keep-checkpoints 1 ${DATA:+--data "$DATA"} ${RUN:+--run "$RUN-stage$1"} $TRAIN_FLAGS
+        --keep-checkpoints 2 ${DATA:+--data "$DATA"} ${RUN:+--run "$RUN-stage$1"} $TRAIN_FLAGS
     rm -rf "$trained/d32_$2"/step_*
 }
 run data python -m nanochat.mixture ${DATA:+--data "$DATA"}

@@ -300,8 +300,10 @@ def carry_optimizers(path: Path, optimizers: list) -> int:
                     raise ValueError(f"the optimizer's state of {name} in {path} is of another shape than {tuple(p.shape)}: "
                                      "it belongs to another model; remove it to start with fresh states")
                 for k, v in moments.items():
-                    opt.state[p][k] = torch.zeros_like(p) if v.ndim else v.clone()
-                    local(opt.state[p][k]).copy_(v[local_rows(p)] if v.ndim else v)
+                    # a count of steps too belongs on the parameter's device: the fused AdamW takes no other
+                    opt.state[p][k] = torch.zeros_like(p) if v.ndim else v.to(p.device, copy=True)
+                    if v.ndim:
+                        local(opt.state[p][k]).copy_(v[local_rows(p)])
                 carried += bool(moments)
     return carried
 
@@ -321,14 +323,14 @@ def optimizer_names(state: dict) -> dict[int, str]:
 def save_export(folder: Path, model: GPT, tokenizer: Tokenizer, info: dict) -> None:
     """
     Writes folder/{model.pt,config.json,tokenizer/}; config.json holds kind, config and `info` (provenance, proof). An
-    earlier export there stays whole until both files have been written (OSError when the disk is full). All ranks call, the
-    first one writes.
+    earlier export there stays whole until both files have been written (OSError when the disk is full). config.json takes
+    its place last: what it says is true of the weights beside it. All ranks call, the first one writes.
     """
     folder, state = Path(folder), full_state(model)
     if state is None:
         return
     tokenizer.save(folder / "tokenizer")
-    with atomic_write(folder / "model.pt") as f, atomic_write(folder / "config.json", "w") as g:
+    with atomic_write(folder / "config.json", "w") as g, atomic_write(folder / "model.pt") as f:
         _dump(state, f)
         json.dump({"kind": model_kind(model.config), "config": asdict(model.config), **info}, g, indent=1)
 

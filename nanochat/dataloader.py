@@ -18,7 +18,7 @@ from nanochat.mixture import Part
 from nanochat.packing import RowStream, splitmix
 from nanochat.tokenizer import Tokenizer
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class DataLoader:
@@ -29,9 +29,9 @@ class DataLoader:
     tokenizer; data: a folder of shards (nanochat.shards), or the parts of a mixture; split: "train" or "val".
     rank, world_size: rank r reads the documents whose row + shard number is r modulo world_size.
     state: what `state()` gave, to go on exactly there: this rank's, or a list of all ranks'. A list of another number
-        of ranks than world_size is gone on behind: each source at its furthest rank's position (batch_size may differ too).
-        A state for other data, weights, another tokenizer, batch size, sequence length, buffer size, seed, rank or world
-        size is refused.
+        of ranks than world_size is gone on behind: each source at its furthest rank's position. batch_size is free: a
+        position is a number of rows. A state for other data, weights, another tokenizer, sequence length, buffer size,
+        seed, rank or world size is refused.
     buffer_size: how many pieces of documents are there to choose from, in each source. seed: of the draws of sources.
 
     `epoch` is the number of times the split was read to its end (of a mixture: its least read source), `tokens_read` how
@@ -58,7 +58,7 @@ class DataLoader:
                         for part in parts]
         self.identity = {"version": STATE_VERSION, "split": split, "data": [s.data for s in self.streams],
                          "weights": self.weights, "vocab_size": tokenizer.get_vocab_size(),
-                         "tokenizer": tokenizer.fingerprint, "seq_len": seq_len, "batch_size": batch_size,
+                         "tokenizer": tokenizer.fingerprint, "seq_len": seq_len,
                          "buffer_size": buffer_size, "seed": seed, "rank": rank, "world_size": world_size}
         self._rows = torch.empty((batch_size, seq_len + 1), dtype=torch.int64)
         # Two staging buffers: the copy to the GPU of one may still run while the next batch is packed.
@@ -71,7 +71,7 @@ class DataLoader:
 
     def reset(self) -> None:
         """Back to the first documents of epoch 0."""
-        self.batches = 0  # yielded so far
+        self.rows = 0  # yielded so far
         self._draws = 0  # of sources so far: the whole state of that generator
         for stream in self.streams:
             stream.reset()
@@ -82,7 +82,7 @@ class DataLoader:
 
     @property
     def tokens_read(self) -> int:
-        return self.batches * self.batch_size * self.seq_len
+        return self.rows * self.seq_len
 
     # --- iteration
 
@@ -94,12 +94,12 @@ class DataLoader:
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         for row in self._rows.numpy():
             self._draw_source().fill(row)
-        self.batches += 1
+        self.rows += self.batch_size
         x, y = self._rows[:, :-1], self._rows[:, 1:]
         x, y = x ^ (x >> 63), y.clamp(min=-1)  # ~v where v < 0; see packing.py
         if self.device.type != "cuda":
             return x.to(self.device), y.to(self.device)
-        slot = self.batches % 2
+        slot = self.rows // self.batch_size % 2
         if self._copied[slot] is not None:
             self._copied[slot].synchronize()
         staging = self._staging[slot]
@@ -125,7 +125,7 @@ class DataLoader:
 
     def state(self) -> dict:
         """What resumes exactly behind the batches so far, JSON-serialisable: of this rank, each source's position."""
-        return {"identity": self.identity, "batches": self.batches, "draws": self._draws,
+        return {"identity": self.identity, "rows": self.rows, "draws": self._draws,
                 "sources": [stream.state() for stream in self.streams]}
 
     def _load_state(self, state: dict | list[dict]) -> None:
@@ -140,16 +140,15 @@ class DataLoader:
         if isinstance(state, list) and not moved:
             states = [states[self.rank]]
         for s in states:
-            self._check_identity(s["identity"], {"rank", "world_size", "batch_size"} if moved else set())
+            self._check_identity(s["identity"], {"rank", "world_size"} if moved else set())
         try:
             if moved:
-                tokens = sum(s["batches"] * s["identity"]["batch_size"] * self.seq_len for s in states)
-                self.batches = tokens // (self.world_size * self.batch_size * self.seq_len)
+                self.rows = sum(s["rows"] for s in states) // self.world_size
                 self._draws = max(s["draws"] for s in states)
                 for i, stream in enumerate(self.streams):
                     stream.go_behind([s["sources"][i] for s in states])
             else:
-                self.batches, self._draws = states[0]["batches"], states[0]["draws"]
+                self.rows, self._draws = states[0]["rows"], states[0]["draws"]
                 for stream, source in zip(self.streams, states[0]["sources"], strict=True):
                     stream.load_state(source)
         except (KeyError, TypeError, IndexError) as e:

@@ -8,7 +8,7 @@ Every block, the embedding, each value table and the head is a unit of FSDP2 (Zh
 holds its rows of each matrix, in fp32, and a unit's matrices are whole, in the compute dtype, only while it runs. What
 stays fp32 in compute too (SSM parameters, controls: under 0.1 % of the model) is held whole by every rank. Across nodes
 the shards of one node are copies of the next one's (HSDP). Gradients are summed, not averaged: every loss is scaled by its
-share of the global batch, so that any number of ranks makes the same step.
+share of the global batch, so that any number of ranks makes the same step (in as many passes; see elastic_step.py).
 """
 import functools
 import os

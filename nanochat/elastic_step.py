@@ -1,7 +1,10 @@
 """
-The training step of a hybrid (DESIGN 8), pass by pass, as Run.train asks for it. What is random depends on the seed and the
-step alone, and is drawn for the global batch: ranks agree on all they do together, any number of them makes the same step,
-and so does a resumed run.
+The training step of a hybrid (DESIGN 8), pass by pass, as Run.train asks for it. What is random depends on the seed, the
+step and the number of the pass in it, and is drawn for a pass of all ranks together: they agree on all they do together, and
+so does a resumed run. Any number of ranks makes the same step of the same rows in as many passes; with more passes of fewer
+rows the draws are others, and more. Two exceptions: without narrow passes nothing is drawn, and the number of passes makes
+no difference; and with recipe 'half', where rows hold different numbers of supervised tokens, a rank's narrow pass has the
+weight of all its rows and not of the half, so that ranks differ by that.
 """
 import torch
 
@@ -18,6 +21,7 @@ from nanochat.loss_eval import (
 )
 from nanochat.training import Share, pass_flops
 
+PASSES_APART = 0x9E3779B1  # the generator's seed is its lowest 32 bits, which multiples of 2^32 / 1.618 fill most evenly
 CONTROL_TOKENS = 32  # of a row, that the gate looks at while the controls are trained alone
 RECIPES = {
     "both": "a full and a narrow pass of all rows in each step",
@@ -43,13 +47,14 @@ class ElasticStep:
     """
     def __init__(self, model, seed: int, steps: int, recipe: str | None, sample: bool = True, levels=None,
                  student_every: int = 4, energy_weight: float = 1.0, draft_exit: int | None = None):
+        assert draft_exit is None or recipe is None or recipe in TAUGHT, "drafts have a teacher"
         self.model, self.seed, self.steps, self.recipe, self.sample = model, seed, steps, recipe, sample
         self.levels, self.every, self.energy_weight = levels or model.config.levels, student_every, energy_weight
         self.draft_exit, self._flops = draft_exit, {}
 
     def __call__(self, step: int, x: torch.Tensor, y: torch.Tensor, share: Share) -> dict:
         model, config, (rows, T), (rank, world) = self.model, self.model.config, x.shape, get_rank()
-        g = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        g = torch.Generator().manual_seed(self.seed * 1_000_003 + step + share.number * PASSES_APART)
         full = self.flops(None, x.numel())
         drafts = [] if self.draft_exit is None else [Student(exits=torch.full((rows, T), self.draft_exit), label="draft")]
         if self.recipe is None:

@@ -15,7 +15,10 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import threading
+import time
+import uuid
 import warnings
 import zlib
 from pathlib import Path
@@ -32,6 +35,7 @@ from nanochat.distributed import everyone
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves alone: that is meant
 
+_TENSORS = re.compile(r"__\d+_\d+\.distcp")  # files that torch.distributed.checkpoint writes
 _SAFE = {(c.__module__, c.__qualname__): c for c in (
     md.Metadata, md.TensorStorageMetadata, md.TensorProperties, md.ChunkStorageMetadata, md.MetadataIndex, md.StorageMeta,
     md._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.Size)}
@@ -67,10 +71,12 @@ class Reader(dcp.FileSystemReader):
         try:
             metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
             tensors = metadata.state_dict_metadata
-            assert all(isinstance(t, md.TensorStorageMetadata) for t in tensors.values()), "it holds more than tensors"
-            assert all(isinstance(info, filesystem._StorageInfo) and re.fullmatch(r"__\d+_\d+\.distcp", info.relative_path)
-                       and not getattr(info, "transform_descriptors", None)
-                       for info in metadata.storage_data.values()), "it names files outside its folder"
+            if not all(isinstance(t, md.TensorStorageMetadata) for t in tensors.values()):
+                raise ValueError("it holds more than tensors")
+            if not all(isinstance(info, filesystem._StorageInfo) and _TENSORS.fullmatch(info.relative_path)
+                       and (path.parent / info.relative_path).is_file() and not getattr(info, "transform_descriptors", None)
+                       for info in metadata.storage_data.values()):
+                raise ValueError("it names files outside its folder, or that are none")
         except Exception as e:  # damaged bytes end in almost any exception class
             raise ValueError(f"{path} is refused: it is damaged or would do more than list tensors ({e}); use a checkpoint "
                              "from a source you trust, or --fresh to start over") from e
@@ -80,8 +86,11 @@ class Reader(dcp.FileSystemReader):
 
 def steps(folder: Path) -> list[int]:
     """Steps that have a checkpoint in `folder`, ascending."""
-    found = [int(m[1]) for p in Path(folder).glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))]
-    return sorted(s for s in found if (path_of(folder, s) / "meta.json").is_file())
+    return [s for s in _all_steps(folder) if (path_of(folder, s) / "meta.json").is_file()]
+
+
+def _all_steps(folder: Path) -> list[int]:
+    return sorted(int(m[1]) for p in Path(folder).glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name)))
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -89,11 +98,17 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def remove_leftovers(folder: Path, everything: bool = False) -> None:
-    """Deletes what a killed run left half-written or half-deleted; `everything`: whole checkpoints too."""
+    """
+    Deletes what a killed run left half-written or half-deleted; `everything`: whole checkpoints too. What has no meta.json
+    is half-deleted only where others have one: a run deletes none before the next is written.
+    """
+    others = bool(steps(folder))
     for path in Path(folder).glob("*"):
+        if re.fullmatch(r"\.seen_by_all_\w+\.tmp", path.name):
+            path.unlink()
         half = re.fullmatch(r"\.step_\d+\.tmp", path.name)
         step = re.fullmatch(r"(?:step|damaged)_\d+", path.name)
-        if half or (step and (everything or not (path / "meta.json").is_file())):
+        if half or (step and (everything or (others and not (path / "meta.json").is_file()))):
             _delete(path)
 
 
@@ -102,41 +117,81 @@ def _delete(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def find_whole(folder: Path) -> tuple[int, dict] | None:
+def check_shared(folder: Path, seconds: float = 20) -> None:
     """
-    The newest checkpoint of `folder` that is whole, as (step, meta); None where there is none. Damaged newer ones are
-    reported, and renamed to damaged_N. All ranks ask together and share the reading.
+    ValueError, on all ranks, unless each of them sees in `folder` what the first one writes there, within so many seconds:
+    on several machines without a common folder, what one saves would be damage to the next.
     """
     rank, world = get_rank()
-    for step in reversed(everyone(steps(folder))[0]):
+    if world == 1:
+        return
+    name = None
+    if rank == 0:
+        name = f".seen_by_all_{uuid.uuid4().hex}.tmp"  # new each time, so that no machine remembers that it was not there
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    name = everyone(name)[0]
+    until = time.monotonic() + seconds
+    while not (sees := (folder / name).is_file()) and time.monotonic() < until:
+        time.sleep(0.2)
+    seen = everyone((sees, socket.gethostname()))
+    if rank == 0:
+        (folder / name).unlink()
+    if blind := sorted({machine for sees, machine in seen if not sees}):
+        raise ValueError(f"{', '.join(blind)} did not see in {folder} what {seen[0][1]} wrote there, and a run has one "
+                         "folder: set NANOCHAT_BASE_DIR to one that all machines share")
+
+
+def find_whole(folder: Path) -> tuple[int, dict] | None:
+    """
+    The newest checkpoint of `folder` that is whole, as (step, meta); None where there is none at all. Damaged newer ones are
+    reported, and renamed to damaged_N; ValueError where there are damaged ones only, which then stay as they are. All ranks
+    ask together and share the reading.
+    """
+    rank, world = get_rank()
+    damaged = []
+    for step in reversed(everyone(_all_steps(folder))[0]):
         path = path_of(folder, step)
         meta, fault = None, None
         try:
             meta = read_meta(path)
             for name in sorted(meta["files"])[rank::world]:
-                if _sum(path / name) != tuple(meta["files"][name]):
+                if not (path / name).is_file():  # a device or a pipe might never end
+                    raise ValueError(f"{name} is no file, or not there")
+                if list(_sum(path / name)) != meta["files"][name]:
                     raise ValueError(f"{name} has another size or sum than when it was written")
         except (OSError, ValueError) as e:
             fault = str(e)
         faults = [f for f in everyone(fault) if f]
         if not faults:
-            return step, meta
-        print0(f"warning: {path} is damaged ({faults[0]}): it is set aside as damaged_{step:06d}, and the checkpoint before "
-               "it is used")
+            break
+        damaged.append((step, faults[0]))
+    else:
+        if damaged:
+            raise ValueError("; ".join(f"{path_of(folder, step)} is damaged ({fault})" for step, fault in damaged) + ": no "
+                             "checkpoint is left to go on from; put an undamaged copy there, or start over with --fresh")
+        return None
+    for broken, fault in damaged:
+        print0(f"warning: {path_of(folder, broken)} is damaged ({fault}): it is set aside as damaged_{broken:06d}, and a "
+               "checkpoint before it is used")
         if rank == 0:
-            aside = Path(folder) / f"damaged_{step:06d}"
+            aside = Path(folder) / f"damaged_{broken:06d}"
             if aside.exists():
                 shutil.rmtree(aside)
-            os.rename(path, aside)
-        everyone(None)
-    return None
+            os.rename(path_of(folder, broken), aside)
+    everyone(None)
+    return step, meta
 
 
 def read_meta(path: Path) -> dict:
     """meta.json of a step's folder; ValueError where it is not as it was written."""
     meta = load_json(path / "meta.json")
-    if not isinstance(meta.get("files"), dict) or meta.pop("crc32", None) != _crc(meta):
+    files, world = meta.get("files"), meta.get("world")
+    if not isinstance(files, dict) or type(world) is not int or meta.pop("crc32", None) != _crc(meta):
         raise ValueError("meta.json is not as it was written")
+    own = {name for name in files if not _TENSORS.fullmatch(name)}
+    if own != {".metadata", *(f"rank_{r}.json" for r in range(len(own) - 1))} or world != len(own) - 1 or world < 1:
+        raise ValueError(f"meta.json lists other files than a checkpoint of {world} processes has")
     return meta
 
 
@@ -153,17 +208,25 @@ def _sum(path: Path) -> tuple[int, int]:
     return size, crc
 
 
-def settle(args, folder: Path) -> None:
-    """Gives the batch flags that `args` leave open the values of the run that is to be resumed, on however many ranks."""
+def settle(args, folder: Path) -> bool:
+    """
+    Gives the batch flags that `args` leave open the values of the run that is to be resumed, on however many ranks; returns
+    whether there is one.
+    """
     for step in reversed(steps(folder)):
         try:
             settings = read_meta(path_of(folder, step))["settings"]
-        except (OSError, ValueError, KeyError):
+            found = {name: settings[name] for name in ("total_batch_size", "eval_tokens")}
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged: find_whole will say so
-        for name in ("total_batch_size", "eval_tokens"):
+        if not all(type(value) is int and value > 0 for value in found.values()):
+            raise ValueError(f"the settings in {path_of(folder, step)}/meta.json are none ({found}): use a checkpoint from "
+                             "a source you trust, or --fresh to start over")
+        for name, value in found.items():
             if getattr(args, name) == -1:
-                setattr(args, name, settings[name])
-        return
+                setattr(args, name, value)
+        return True
+    return False
 
 
 def read_rank(path: Path, rank: int) -> dict:
@@ -182,8 +245,10 @@ def load(path: Path, model, optimizers: list) -> None:
             for key in saved:
                 if key.startswith(f"optim.{name}/"):
                     what = key.rpartition("/")[2]
-                    if what not in optimizer.state[p]:  # a count of steps has no shape, a moment has its parameter's
-                        optimizer.state[p][what] = torch.zeros_like(p) if saved[key].size else torch.zeros(())
+                    if what not in optimizer.state[p]:
+                        # a moment has its parameter's shape, a count of steps none: the fused AdamW wants both on its device
+                        optimizer.state[p][what] = \
+                            torch.zeros_like(p) if saved[key].size else torch.zeros((), device=p.device)
                     state[key] = optimizer.state[p][what]
     wrong = sorted(saved.keys() ^ state.keys()) or [k for k in state if saved[k].size != state[k].shape]
     if wrong:
@@ -210,6 +275,7 @@ class Saver:
     them. All ranks call alike. An OSError of the thread is raised by the next call; what was there before is untouched.
     """
     def __init__(self, folder: Path, keep: int):
+        assert keep > 0, keep
         self.folder, self.keep = Path(folder), keep
         # of its own: the thread's exchanges must not mix with the training's
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None

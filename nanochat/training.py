@@ -74,20 +74,18 @@ def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -
     p.add_argument("--device", default=None, choices=["cpu", "cuda"], help="default: cuda where there is one")
 
 
-def derive_batch(args, sequence_len: int) -> tuple[torch.device, torch.dtype, int]:
+def derive_batch(args, sequence_len: int, folder: Path) -> tuple[torch.device, torch.dtype, int]:
     """
     Checks the numeric flags, joins the other processes if torchrun started several, fills in the device, device batch and
-    total batch that `args` leave open, prints each derivation, and returns (device, compute dtype, gradient accumulation
-    passes per step).
+    total batch that `args` leave open (as the run in `folder` has them, where one is to be resumed), prints each derivation,
+    and returns (device, compute dtype, gradient accumulation passes per step).
     """
-    for name, least in (("log_every", 1), ("keep_checkpoints", 1), ("device_batch_size", 1), ("total_batch_size", 1),
-                        ("num_iterations", 1), ("eval_tokens", 1), ("max_skipped_steps", 1)):
-        value = getattr(args, name)
-        if value < least and value != -1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    _check_numbers(args)
     kind = args.device or autodetect_device_type()
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch sees no CUDA device: drop the flag to run on the CPU")
+    asked = args.total_batch_size > 0
+    resumed = not args.fresh and step_checkpoint.settle(args, folder)
     device, dtype, world = init_processes(kind), get_compute_dtype(kind), get_rank()[1]
     if args.device_batch_size < 0:
         args.device_batch_size = 32 if kind == "cuda" else 8
@@ -97,9 +95,15 @@ def derive_batch(args, sequence_len: int) -> tuple[torch.device, torch.dtype, in
     if args.eval_tokens < 0:
         args.eval_tokens = 20 * one_pass
     if args.total_batch_size % one_pass:
-        raise ValueError(f"--total-batch-size {args.total_batch_size} is no multiple of the {one_pass} tokens of one pass "
-                         f"({args.device_batch_size} rows x {sequence_len}" + (f" x {world} processes" if world > 1 else "")
-                         + "): choose one that is")
+        of_pass = (f"the {one_pass} tokens of one pass ({args.device_batch_size} rows x {sequence_len}"
+                   + (f" x {world} processes" if world > 1 else "") + ")")
+        if asked or not resumed:
+            raise ValueError(f"--total-batch-size {args.total_batch_size} is no multiple of {of_pass}: choose one that is")
+        rows = args.total_batch_size // sequence_len
+        raise ValueError(f"{folder} holds a run with {args.total_batch_size} tokens, {rows} rows, in a step, which is no "
+                         f"multiple of {of_pass}: " + (f"choose a --device-batch-size that divides {rows // world}"
+                         if rows % world == 0 else f"resume it with a number of processes that divides {rows}")
+                         + ", or start over with --fresh")
     passes = args.total_batch_size // one_pass
     print0(f"device {kind}, {torch.get_num_threads()} threads, compute dtype {str(dtype).removeprefix('torch.')}"
            + (f", {world} processes" if world > 1 else ""))
@@ -108,11 +112,41 @@ def derive_batch(args, sequence_len: int) -> tuple[torch.device, torch.dtype, in
     return device, dtype, passes
 
 
+def _check_numbers(args) -> None:
+    """ValueError for a flag of add_training_args whose number means nothing; -1 is one's default or a word for never."""
+    for name in ("log_every", "keep_checkpoints", "max_skipped_steps", "device_batch_size", "total_batch_size",
+                 "num_iterations", "eval_tokens", "eval_every", "save_every"):
+        value = getattr(args, name)
+        may_be_open = name not in ("log_every", "keep_checkpoints", "max_skipped_steps")
+        if value < 1 and not (may_be_open and value == -1):
+            raise ValueError(f"{flag(name)} is {value}; it must be at least 1" + (", or -1" if may_be_open else ""))
+    for name in ("warmup_ratio", "warmdown_ratio"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"{flag(name)} is {getattr(args, name)}; it is a share of the steps, from 0 to 1")
+    for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
+        check_rate(args, name)
+
+
+def check_rate(args, name: str) -> None:
+    """ValueError for a rate or weight that is negative or not finite."""
+    if not 0 <= getattr(args, name) < math.inf:
+        raise ValueError(f"{flag(name)} is {getattr(args, name)}; it must be a finite number, 0 or more")
+
+
+def flag(name: str) -> str:
+    """An argument's name as the flag that sets it."""
+    return f"--{name.replace('_', '-')}"
+
+
 class Share(NamedTuple):
-    """What part one pass of one rank has of a step's supervised tokens, of the tokens the gate looks at, of its passes."""
+    """
+    What part one pass of one rank has of a step's supervised tokens, of the tokens the gate looks at, of its passes; number:
+    which of the step's passes it is, on all ranks.
+    """
     tokens: float
     gate: float
     passes: float
+    number: int = 0
 
 
 def shares(batches: list) -> list[Share]:
@@ -120,7 +154,7 @@ def shares(batches: list) -> list[Share]:
     counts = torch.stack([torch.stack((n.sum(), n.clamp(max=GATE_TOKENS).sum())) for _, y in batches
                           for n in [(y >= 0).sum(1)]]).double()
     total = all_sum(counts.sum(0)).clamp(min=1)
-    return [Share(*row, 1 / len(batches)) for row in (counts / total).tolist()]
+    return [Share(*row, 1 / len(batches), i) for i, row in enumerate((counts / total).tolist())]
 
 
 def pass_flops(model, widths=None, context: float = 0) -> float:
@@ -193,6 +227,7 @@ class Run:
         settings = {k: v for k, v in vars(args).items() if k not in WATCHING | SPLIT} | extra_settings
         self.settings = json.loads(json.dumps(settings))
         self.start, self.meta, self.loader = 0, None, None  # loader: the data position of every rank
+        step_checkpoint.check_shared(self.folder)
         if get_rank()[0] == 0:
             step_checkpoint.remove_leftovers(self.folder, everything=args.fresh)
             ckpt.remove_leftovers(self.folder, everything=args.fresh)
@@ -233,26 +268,30 @@ class Run:
     def _open_data(self, tokenizer, data, sequence_len, device, data_from) -> DataLoader:
         """The training batches: where this run stopped, or behind an earlier phase's, or from the beginning."""
         where = tokenizer, data, "train", self.args.device_batch_size, sequence_len, *get_rank(), device
+        loader, fault = None, None
         try:
             loader = DataLoader(*where, self.loader or data_from, seed=self.args.seed)
+        except ValueError as e:
+            fault = str(e)
+        faults = [f for f in everyone(fault) if f]  # all ranks go on, or none: they read one text
+        if not faults:
             if self.meta is None and data_from:
                 print0(f"the data goes on behind the {loader.tokens_read * get_rank()[1]:,} tokens of the phases before")
             return loader
-        except ValueError as e:
-            if self.meta is not None or data_from is None:
-                raise
-            print0(f"the data starts from its beginning, not where the phase before stopped: {e}")
-            return DataLoader(*where, seed=self.args.seed)
+        if self.meta is not None or data_from is None:
+            raise ValueError(faults[0])
+        print0(f"the data starts from its beginning, not where the phase before stopped: {faults[0]}")
+        return DataLoader(*where, seed=self.args.seed)
 
     def train(self, model, optimizers, tokenizer, data, backward, evaluate, passes: int, sequence_len: int,
               data_from=None) -> dict:
         """
         Trains to args.num_iterations. backward(step, x, y, share) backpropagates one pass and returns its part of the step's
         losses, which add up over passes and ranks: 'loss' and others; 'flops', its FLOPs; 'a:b' with 'a', where 'a' is to be
-        divided by it. evaluate() returns a dict with 'bpb', the same on all ranks. data_from: a loader state of an earlier
-        phase on the same data; this one goes on behind it, so that no text is seen twice before all has been seen once.
-        Returns the run's figures: 'bpb' and 'first_bpb' (last and first evaluation), 'tok_per_s', 'steps', 'skipped'.
-        SystemExit (128 + the signal) when interrupted, after saving.
+        divided by it. evaluate() returns a dict with 'bpb', the same on all ranks. data_from: the loader states of all ranks
+        of an earlier phase on the same data; this one goes on behind it, so that no text is seen twice before all has been
+        seen once. Returns the run's figures: 'bpb' and 'first_bpb' (last and first evaluation), 'tok_per_s', 'steps',
+        'skipped'. SystemExit (128 + the signal) when interrupted, after saving.
         """
         args, total = self.args, self.args.num_iterations
         loader = self._open_data(tokenizer, data, sequence_len, model.device, data_from)

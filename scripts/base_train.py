@@ -8,11 +8,12 @@ NANOCHAT_BASE_DIR, which scripts.surgery takes from there. Run again, it resumes
 """
 import argparse
 import itertools
+import math
 
 import torch
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat import distributed, step_checkpoint
+from nanochat import distributed
 from nanochat.common import cli, get_base_dir, get_rank, print0
 from nanochat.dataloader import DataLoader
 from nanochat.elastic_step import ElasticStep
@@ -37,6 +38,8 @@ def main(argv=None):
     p.add_argument("--tag", default=None, help="name of the checkpoint folder (default: d<depth>)")
     add_training_args(p)
     args = p.parse_args(argv)
+    if not 0 < args.target_param_data_ratio < math.inf:
+        raise ValueError(f"--target-param-data-ratio is {args.target_param_data_ratio}; it must be a number above 0")
 
     tokenizer_dir = args.tokenizer or get_base_dir() / "tokenizer"
     tokenizer = Tokenizer.from_directory(tokenizer_dir)
@@ -47,9 +50,7 @@ def main(argv=None):
            f"vocabulary {config.vocab_size}, context {config.sequence_len}")
     args.tag = args.tag or f"d{args.depth}"
     folder = get_base_dir() / "base_checkpoints" / args.tag
-    if not args.fresh:
-        step_checkpoint.settle(args, folder)
-    device, dtype, passes = derive_batch(args, config.sequence_len)
+    device, dtype, passes = derive_batch(args, config.sequence_len, folder)
     rank, world = get_rank()
     model = ckpt.build_model(config, device)
     params = model.num_params()
@@ -87,7 +88,7 @@ def main(argv=None):
         figures = run.train(model, optimizers, tokenizer, data, step, evaluate, passes, config.sequence_len)
     if not (folder / f"meta_{args.num_iterations:06d}.json").is_file():
         ckpt.save_step(folder, args.num_iterations, model, optimizers, {
-            "settings": run.settings, "loader": run.loader if world > 1 else run.loader[0], "figures": figures,
+            "settings": run.settings, "loader": run.loader, "figures": figures,
             "val_bpb": figures["bpb"]})
     print0(f"trained {folder}: {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte, "
            f"{figures.get('tok_per_s', 0):,.0f} tok/s")

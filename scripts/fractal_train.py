@@ -24,7 +24,7 @@ import itertools
 import torch
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat import distributed, stages, step_checkpoint
+from nanochat import distributed, stages
 from nanochat.common import cli, get_base_dir, get_rank, print0
 from nanochat.confidence_probe import budget_grid, calibrate_prices
 from nanochat.dataloader import DataLoader
@@ -32,7 +32,7 @@ from nanochat.elastic_step import RECIPES, TAUGHT, ElasticStep
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.mixture import default_data, prepare_mixture
 from nanochat.optim import setup_optimizers, state_bytes
-from nanochat.training import Run, add_training_args, derive_batch
+from nanochat.training import Run, add_training_args, check_rate, derive_batch, flag
 
 RATES = {"matrix_lr": {"matrix"}, "embedding_lr": {"embedding"}, "unembedding_lr": {"unembedding"}, "scalar_lr": {"scalar"},
          "weight_decay": {"matrix", "embedding", "unembedding"}}
@@ -50,6 +50,16 @@ def frequent_tokens(tokenizer, data, T: int, rows: int = 64) -> torch.Tensor:
     x, _ = next(iter(DataLoader(tokenizer, data, "train", rows, T)))
     count = x.flatten().bincount()
     return count.argsort(descending=True, stable=True)[:int((count > 0).sum())]
+
+
+def is_export_of(folder, step: int, source: str) -> bool:
+    """Whether the export in `folder` is a run's after so many steps; its config.json is what is written last."""
+    try:
+        provenance = ckpt.load_json(folder / "config.json").get("provenance")
+    except (FileNotFoundError, ValueError):
+        return False
+    return (isinstance(provenance, dict) and (provenance.get("steps"), provenance.get("source_sha256")) == (step, source)
+            and (folder / "model.pt").is_file())
 
 
 def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
@@ -98,11 +108,18 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
         raise ValueError(f"--recipe {args.recipe} has passes at sampled widths only: add --sample-dim")
     if args.recipe == "split" and args.matryoshka and args.device_batch_size == 1:
         raise ValueError("--recipe split needs at least two rows: raise --device-batch-size, or use --recipe single")
+    if args.export and args.fresh:
+        raise ValueError("--fresh deletes the checkpoints that --export is to write from: drop one of them")
+    if args.draft_exit is not None and args.matryoshka and args.recipe not in TAUGHT:
+        raise ValueError(f"--draft-exit learns what a teacher says, and --recipe {args.recipe} has none: drop --draft-exit, "
+                         f"or choose --recipe {', '.join(r for r in RECIPES if r in TAUGHT)}")
     if args.student_every < 1:
         raise ValueError(f"--student-every is {args.student_every}; it must be at least 1")
     given = {k for k, v in vars(args).items() if v != p.get_default(k)}
     if args.lr_scale is None:
         args.lr_scale = 0.3 if args.unfreeze else 1.0
+    for name in ("lr_scale", "energy_lambda"):
+        check_rate(args, name)
     return args, given
 
 
@@ -152,7 +169,7 @@ def say_without_effect(given: set[str], args, phase: str, groups: set[str]) -> N
     if args.recipe != "every":
         idle["student_every"] = "it is for --recipe every"
     for name in sorted(given & idle.keys()):
-        print0(f"note: --{name.replace('_', '-')} has no effect in phase {phase}: {idle[name]}")
+        print0(f"note: {flag(name)} has no effect in phase {phase}: {idle[name]}")
 
 
 @cli
@@ -168,15 +185,15 @@ def main(argv=None):
     if args.draft_exit is not None and args.draft_exit not in config.exit_points:
         raise ValueError(f"--draft-exit {args.draft_exit} is no exit point of this model: choose one of "
                          f"{', '.join(map(str, config.exit_points))}")
+    if args.controls and not config.exit_points:
+        raise ValueError("a model of one layer has no exit point for --controls to decide at: train one of two or more")
     args.tag = args.tag or info.get("tag", f"d{config.n_layer}")
     source_is_unfrozen = str(info.get("provenance", {}).get("trained", "")).startswith("unfrozen")
     suffix = ("_unfrozen" if args.unfreeze or (args.controls and source_is_unfrozen) else "") + "_auto" * args.controls
     folder = get_base_dir() / "fractal_checkpoints" / f"{args.tag}_{config.n_embd}{suffix}"
     if folder.resolve() == file.parent.resolve():
         raise ValueError(f"{folder} is both the source and the destination: name another family with --tag")
-    if not args.fresh:
-        step_checkpoint.settle(args, folder)
-    device, dtype, passes = derive_batch(args, T)
+    device, dtype, passes = derive_batch(args, T, folder)
     rank, world = get_rank()
 
     model = ckpt.build_model(config, "meta")
@@ -190,7 +207,8 @@ def main(argv=None):
         args.num_iterations = max(1, round(20 * trained / args.total_batch_size))
     print0(f"steps {args.num_iterations:,}; levels {', '.join(map(str, levels or config.levels))}")
     args.data = args.data or default_data(device.type)
-    data = distributed.first_alone(lambda: prepare_mixture(args.data))
+    # an export of what is trained reads no text, but for the controls' prices
+    data = None if args.export and not args.controls else distributed.first_alone(lambda: prepare_mixture(args.data))
 
     source = distributed.everyone(ckpt.sha256(file) if rank == 0 else None)[0]
     run = Run(folder, args, {"source_sha256": source, "dtype": str(dtype), "phase": phase})
@@ -239,11 +257,14 @@ def main(argv=None):
         step = ElasticStep(model, args.seed, args.num_iterations, recipe, args.sample_dim, levels, args.student_every,
                            args.energy_lambda, args.draft_exit)
         figures = run.train(model, optimizers, tokenizer, data, step, evaluate, passes, T, data_from=info.get("loader"))
+    if run.finished and distributed.everyone(is_export_of(folder, run.start, source))[0]:
+        distributed.leave()  # what was added to it since, such as a calibration, stays
+        return figures
     ckpt.save_optimizers(folder / "optim.pt", optimizers)
     ckpt.save_export(folder, model, tokenizer, {
         "tag": args.tag, "provenance": {"trained": suffix[1:] or phase, "steps": figures.get("steps", run.start),
                                         "source_sha256": source, "from": info.get("provenance")},
-        "figures": figures, "loader": run.loader if world > 1 else run.loader[0],
+        "figures": figures, "loader": run.loader,
         **({"calibration": uncalibrated(model, tokenizer, data)} if args.controls else {})})
     said = f": {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte at full width" if "bpb" in figures else ""
     print0(f"wrote {folder}{said}")

@@ -75,11 +75,12 @@ def memory(stage: Stage) -> dict[str, int]:
 def disk(stages: list[Stage]) -> float:
     """
     Bytes that the seed workflow (dev/speedrun_d32.sh) takes at most, which is in the last stage: the base and some data;
-    of each stage the hybrid as surgery writes it (grown ones in bf16) and the fp32 export; two checkpoints of the last.
+    of each stage the hybrid as surgery writes it (grown ones in bf16), the fp32 export and, of those before, the optimizer's
+    state beside it; three checkpoints of the last: two are kept, lest a damaged one be the only one, while one is written.
     """
+    *before, last = map(memory, stages)
     kept = 10e9 + sum((6 if s.boxes else 8) * sum(p.numel() for p in s.model.parameters()) for s in stages)
-    last = memory(stages[-1])
-    return kept + 2 * (last["masters"] + last["optimizer"])
+    return kept + sum(m["optimizer"] for m in before) + 3 * (last["masters"] + last["optimizer"])
 
 
 def step_flops(model: HybridGPT) -> dict[str, float]:

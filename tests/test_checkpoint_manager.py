@@ -5,12 +5,15 @@ import resource
 import subprocess
 import sys
 import textwrap
+import types
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from nanochat import checkpoint_manager as ckpt
+from nanochat import step_checkpoint
 from nanochat.checkpoint_manager import build_model
 from nanochat.common import atomic_write
 from nanochat.optim import setup_optimizers
@@ -33,6 +36,32 @@ def test_step_roundtrip_with_nanochats_names(base, tokens, tmp_path):
     for a, b in zip(opts, fresh):
         sa, sb = a.state_dict()["state"], b.state_dict()["state"]
         assert sa.keys() == sb.keys() and all(torch.equal(sa[i][k], sb[i][k]) for i in sa for k in sa[i])
+
+
+def test_optimizer_state_lands_on_the_parameters_device(base, tokens, tmp_path, monkeypatch):
+    """
+    Moments and counts of steps, carried and resumed: torch's fused AdamW moves neither. The meta device stands in for a GPU.
+    """
+    opts = setup_optimizers(base)
+    base(tokens, tokens)[0].backward()
+    for o in opts:
+        o.step()
+    ckpt.save_optimizers(tmp_path / "optim.pt", opts)
+    saver = step_checkpoint.Saver(tmp_path, keep=1)
+    saver.save(1, base, opts, {}, {})
+    saver.wait()
+    own = sorted((n, k) for o in opts for g in o.param_groups for n, p in zip(g["param_names"], g["params"])
+                 for k in o.state[p])
+    assert {k for _, k in own} == {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
+    monkeypatch.setattr(step_checkpoint.dcp, "load", lambda *a, **k: None)  # there is nowhere to read to
+    for load in (lambda model, fresh: ckpt.carry_optimizers(tmp_path / "optim.pt", fresh),
+                 lambda model, fresh: step_checkpoint.load(tmp_path / "step_000001", model, fresh)):
+        model = build_model(base.config, "meta")
+        fresh = setup_optimizers(model)
+        load(model, fresh)
+        state = {(n, k): v for o in fresh for g in o.param_groups for n, p in zip(g["param_names"], g["params"])
+                 for k, v in o.state[p].items()}
+        assert sorted(state) == own and {v.device.type for v in state.values()} == {"meta"}
 
 
 def test_a_nanochat_file_loads(base, tmp_path):
@@ -73,6 +102,14 @@ def test_export_roundtrip(hybrid, tokens, tokenizer, tmp_path):
     assert state.keys() == hybrid.state_dict().keys()
 
 
+def test_an_exports_config_takes_its_place_last(hybrid, tokenizer, tmp_path, monkeypatch):
+    """A run that was killed between the two is known by it: its config is not yet that of the new weights."""
+    placed, replace_file = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (placed.append(b.name), replace_file(a, b)))
+    ckpt.save_export(tmp_path, hybrid, tokenizer, {})
+    assert placed[-2:] == ["model.pt", "config.json"]
+
+
 def test_a_named_file_is_the_one_that_loads(base, tokenizer, tmp_path):
     for step in (1, 2):
         with torch.no_grad():
@@ -104,6 +141,113 @@ def test_leftovers_of_a_killed_run_are_removed(base, tmp_path):
                                             "optim_000001.pt"]
     ckpt.remove_leftovers(tmp_path, everything=True)
     assert os.listdir(tmp_path) == ["notes_2024.md"]
+
+
+# --- what a run resumes from
+
+@pytest.fixture
+def saved(base, tmp_path):
+    """Checkpoints of steps 1 and 2."""
+    saver = step_checkpoint.Saver(tmp_path, keep=2)
+    for step in (1, 2):
+        saver.save(step, base, [], {}, {"loader": step})
+    saver.wait()
+    assert step_checkpoint.find_whole(tmp_path)[0] == 2
+    return tmp_path
+
+
+def forge(path, change):
+    """Changes a meta.json as an attacker would, so that its sum is right."""
+    meta = ckpt.load_json(path / "meta.json")
+    del meta["crc32"]
+    change(meta)
+    ckpt.save_json({**meta, "crc32": step_checkpoint._crc(meta)}, path / "meta.json")
+
+
+def test_damage_everywhere_stops_and_touches_nothing(saved):
+    """Nobody starts over without having said so, however often the same command is given."""
+    (saved / "step_000001" / "rank_0.json").write_text("[]")
+    assert step_checkpoint.find_whole(saved)[0] == 2
+    (saved / "step_000002" / "meta.json").write_text("{}")
+    for lost in (False, True, True):
+        step_checkpoint.remove_leftovers(saved)
+        with pytest.raises(ValueError, match=r"step_000002 is damaged .*step_000001 is damaged \(rank_0.json has another "
+                                             r"size.*start over with --fresh"):
+            step_checkpoint.find_whole(saved)
+        assert sorted(os.listdir(saved)) == ["step_000001", "step_000002"]
+        if not lost:
+            (saved / "step_000002" / "__0_0.distcp").unlink()
+    (saved / "step_000001" / "meta.json").unlink()
+    (saved / "step_000002" / "meta.json").unlink()
+    step_checkpoint.remove_leftovers(saved)
+    with pytest.raises(ValueError, match=r"no meta\.json.*start over with --fresh"):
+        step_checkpoint.find_whole(saved)
+    step_checkpoint.remove_leftovers(saved, everything=True)
+    assert os.listdir(saved) == [] and step_checkpoint.find_whole(saved) is None
+
+
+def test_a_hostile_meta_names_no_file_outside_and_no_device(saved, monkeypatch, capsys):
+    newest, secret = saved / "step_000002", saved / "secret.json"
+    secret.write_text("{}")
+    os.mkfifo(newest / "__0_9.distcp")  # whoever reads it waits for ever
+    read, check, meta = [], step_checkpoint._sum, (newest / "meta.json").read_bytes()
+    monkeypatch.setattr(step_checkpoint, "_sum", lambda path: (read.append(path), check(path))[1])
+    for name, words in (("../secret.json", "lists other files"), (str(secret), "lists other files"),
+                        ("rank_1.json", "lists other files"), ("__0_9.distcp", "__0_9.distcp is no file"),
+                        ("__0_8.distcp", "__0_8.distcp is no file, or not there")):
+        forge(newest, lambda m, name=name: m["files"].update({name: list(check(secret))}))
+        assert step_checkpoint.find_whole(saved)[0] == 1
+        assert words in capsys.readouterr().out
+        (saved / "damaged_000002").rename(newest)
+        (newest / "meta.json").write_bytes(meta)
+    forge(newest, lambda m: m.update(world=2))
+    assert step_checkpoint.find_whole(saved)[0] == 1
+    assert {path.name for path in read} == {"rank_0.json", ".metadata", "__0_0.distcp"}
+
+
+def test_the_reader_needs_no_asserts(saved):
+    """`python -O` removes them: what guards against hostile files must stay."""
+    source = Path(step_checkpoint.__file__)
+    module = types.ModuleType("optimized")
+    exec(compile(source.read_text(), source, "exec", optimize=1), module.__dict__)
+    path = saved / "step_000002"
+    genuine = (path / ".metadata").read_bytes()
+    outside, more = pickle.loads(genuine), pickle.loads(genuine)
+    next(iter(outside.storage_data.values())).relative_path = "../secret"
+    more.state_dict_metadata["model.x"] = torch.Size([1])
+    for made, words in ((outside, "names files outside"), (more, "more than tensors")):
+        (path / ".metadata").write_bytes(pickle.dumps(made))
+        with pytest.raises(ValueError, match=words):
+            module.Reader(path).read_metadata()
+    (path / ".metadata").write_bytes(genuine)
+    assert module.Reader(path).read_metadata().state_dict_metadata.keys() == outside.state_dict_metadata.keys()
+
+
+@pytest.mark.parametrize("sees", [[True, True, True], [True, True, False]])
+def test_all_machines_must_share_the_runs_folder(tmp_path, monkeypatch, sees):
+    """Rank 0's part; what the others answer is made up."""
+    told = []
+
+    def everyone(value):
+        told.append(value)
+        return [value] * 3 if len(told) == 1 else [value, *((seen, f"node{r}") for r, seen in enumerate(sees) if r)]
+    monkeypatch.setattr(step_checkpoint, "everyone", everyone)
+    monkeypatch.setattr(step_checkpoint, "get_rank", lambda: (0, 3))
+    if all(sees):
+        step_checkpoint.check_shared(tmp_path / "run")
+    else:
+        with pytest.raises(ValueError, match=r"^node2 did not see in .*run what .*NANOCHAT_BASE_DIR to one that all"):
+            step_checkpoint.check_shared(tmp_path / "run")
+    assert told[1][0] and os.listdir(tmp_path / "run") == []
+    # another rank's part: it waits for a file that does not come
+    monkeypatch.setattr(step_checkpoint, "get_rank", lambda: (2, 3))
+    monkeypatch.setattr(step_checkpoint, "everyone", lambda value: ["x.tmp"] * 3 if value is None else [
+        (True, "node0"), (True, "node1"), value])
+    with pytest.raises(ValueError, match="did not see"):
+        step_checkpoint.check_shared(tmp_path / "run", seconds=0.1)
+    (tmp_path / "run" / "x.tmp").touch()
+    step_checkpoint.check_shared(tmp_path / "run")
+    step_checkpoint.remove_leftovers(tmp_path / "run")
 
 
 @pytest.mark.parametrize("state", [{1: torch.zeros(2)}, {"a": torch.zeros(2).to_sparse()},

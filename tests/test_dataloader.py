@@ -3,6 +3,7 @@ import collections
 import itertools
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat import packing
+from nanochat import packing, training
 from nanochat.dataloader import DataLoader
 from nanochat.packing import RowStream
 from nanochat.shards import iter_texts
@@ -205,6 +206,35 @@ def test_resume_is_exact_everywhere(tok, folder, batch_size, seq_len, buffer_siz
         state = json.loads(json.dumps(loader.state()))
 
 
+@pytest.mark.parametrize("before, after", [(1, 4), (4, 1), (3, 2)])
+def test_resume_with_another_batch_size_goes_on_with_the_next_row(tok, folder, before, after):
+    def make(batch_size, **kwargs):
+        return DataLoader(tok, folder, "train", batch_size, 40, buffer_size=30, **kwargs)
+    rows = rows_of(make(1), 60)
+    loader = make(before)
+    assert rows_of(loader, 7) == rows[:7 * before]
+    for state in (loader.state(), [loader.state()]):
+        resumed = make(after, state=json.loads(json.dumps(state)))
+        assert resumed.tokens_read == 7 * before * 40
+        assert rows_of(resumed, 8) == rows[7 * before:7 * before + 8 * after]
+
+
+def test_all_ranks_go_on_or_none(tok, folder, monkeypatch, capsys):
+    """Where one rank cannot go on behind the phase before, no other may: their shares would be of two readings."""
+    before = DataLoader(tok, folder, "train", 2, 40, seed=5)
+    next(before)
+    run = SimpleNamespace(args=SimpleNamespace(device_batch_size=2, seed=5), loader=None, meta=None)
+    loader = training.Run._open_data(run, tok, folder, 40, "cpu", [before.state()])
+    assert loader.rows == 2 and "the data goes on behind the 80 tokens" in capsys.readouterr().out
+    monkeypatch.setattr(training, "everyone", lambda value: [value, "rank 1 cannot"])
+    loader = training.Run._open_data(run, tok, folder, 40, "cpu", [before.state()])
+    assert loader.rows == 0 and "from its beginning, not where the phase before stopped: rank 1 cannot" in \
+        capsys.readouterr().out
+    run.meta = {}  # its own position is not given up
+    with pytest.raises(ValueError, match="rank 1 cannot"):
+        training.Run._open_data(run, tok, folder, 40, "cpu", None)
+
+
 def test_resume_inside_a_giant_document(tok, folder, monkeypatch):
     """Documents that are tokenised in several spans, and a refill that stops in the middle of one."""
     monkeypatch.setattr(packing, "REFILL_UNITS", 3)
@@ -246,7 +276,7 @@ def test_foreign_states_are_refused(tok, folder, tmp_path):
     for changes, words in [
         ({"tokenizer": other}, "another vocabulary size .265, here 267."), ({"tokenizer": swapped}, "another tokenizer"),
         ({"data": shorter}, "another dataset"), ({"split": "val"}, "another split"), ({"rank": 1}, "another rank"),
-        ({"batch_size": 3}, "another batch_size"), ({"seq_len": 33}, "another seq_len"),
+        ({"seq_len": 33}, "another seq_len"),
         ({"rank": 0, "world_size": 1}, "another world_size"), ({"buffer_size": 51}, "another buffer_size"),
     ]:
         with pytest.raises(ValueError, match=rf"saved for {words}.*or start anew") as info:

@@ -17,26 +17,27 @@ from conftest import randomize
 from test_scripts import fails
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat import loss_eval, optim, stages, step_checkpoint
+from nanochat import elastic_step, loss_eval, optim, stages, step_checkpoint
 from nanochat.elastic_step import TAUGHT, ElasticStep
 from nanochat.growing import Init, grow
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.mixture import prepare_mixture
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import Share
+from nanochat.training import Share, shares
 from scripts import fractal_train, surgery
 
 CASES = {
     "stage 1, sampled": {"phase": "stage 1", "recipe": "both", "sample": True},
     "stage 1, half of the rows": {"phase": "stage 1", "recipe": "half", "sample": True, "steps": 5},
-    "stage 2, sampled": {"phase": "stage 2", "recipe": "both", "sample": True},
+    "stage 2, sampled": {"phase": "stage 2", "recipe": "both", "sample": True, "steps": 10},
     "all, each level": {"phase": "unfrozen", "recipe": "both", "sample": False, "steps": 10},
     "masked, in passes": {"phase": "unfrozen", "recipe": "both", "sample": True, "masked": True, "passes": 2, "steps": 10},
     "single": {"phase": "unfrozen", "recipe": "single", "sample": True, "steps": 5},
     "every": {"phase": "unfrozen", "recipe": "every", "sample": True, "steps": 5, "student_every": 2},
     "split": {"phase": "unfrozen", "recipe": "split", "sample": True, "steps": 5},
-    "controls": {"phase": "controls", "recipe": "controls gumbel", "sample": True},
+    "controls": {"phase": "controls", "recipe": "controls gumbel", "sample": True, "steps": 10},
     "controls, by value": {"phase": "controls", "recipe": "controls value", "sample": True, "steps": 8},
+    "full passes": {"phase": "unfrozen", "recipe": None, "sample": False, "steps": 4},
     "drafts": {"phase": "stage 1", "recipe": "both", "sample": True, "steps": 4, "draft_exit": 2},
 }
 
@@ -65,6 +66,34 @@ def test_two_ranks_make_the_steps_of_one(two_ranks, name):
     # both optimizers make whole steps of what is only rounding, where a gradient is zero
     near = sum(torch.isclose(two["state"][k], v, atol=1e-4).sum() for k, v in one["state"].items())
     assert near > 0.95 * sum(v.numel() for v in one["state"].values())
+
+
+def test_ranks_are_as_good_as_passes_where_nothing_is_drawn(two_ranks):
+    one, two = ranks.train(**CASES["full passes"] | {"passes": 2}, path=None), two_ranks["full passes"]
+    for a, b in zip(one["losses"], two["losses"], strict=True):
+        assert (a["loss"], a["norm"]) == pytest.approx((b["loss"], b["norm"]), abs=1e-5, rel=1e-5)
+
+
+def test_each_pass_of_a_step_draws_for_itself_on_all_ranks_alike(monkeypatch):
+    """Otherwise a step of many passes would know one choice of widths, and one of exits."""
+    model, drawn, sample = ranks.start_model("unfrozen")[0], {}, loss_eval.sample_students
+    x = torch.randint(64, (4, ranks.T))
+
+    def watched(config, rows, T, starts, *args):
+        students = sample(config, rows, T, starts, *args)
+        drawn.setdefault(at, []).append((students[0].widths, starts.tolist()))
+        return students
+    monkeypatch.setattr(elastic_step, "sample_students", watched)
+    for rank in range(2):
+        monkeypatch.setattr(elastic_step, "get_rank", lambda rank=rank: (rank, 2))
+        step = ElasticStep(model, 0, 9, "single")
+        for number in range(4):
+            for share in shares([(x, x)] * 3):
+                at = number, share.number
+                step(number, x, x, share)
+    assert len(drawn) == 12 and all(one == other for one, other in drawn.values())
+    assert len({str(starts) for (_, starts), _ in drawn.values()}) == 12
+    assert all(len({str(drawn[number, i][0][0]) for i in range(3)}) > 1 for number in range(4))  # widths
 
 
 @pytest.mark.parametrize("recipe, passes", [
@@ -207,7 +236,7 @@ def same_files(a, b, names=("model.pt", "optim.pt")):
         assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
 
 
-def test_a_killed_and_a_stopped_run_lose_nothing(home, cwd, tmp_path):
+def test_a_killed_and_a_stopped_run_lose_nothing(home, cwd, tmp_path, capsys):
     folder, argv = cwd / "fractal_checkpoints" / "t_32", flags(home, cwd, 2)
     ranks.together(2, ranks.fractal, argv, out=tmp_path / "log" / "whole")
     kept = cwd / "whole"
@@ -240,6 +269,14 @@ def test_a_killed_and_a_stopped_run_lose_nothing(home, cwd, tmp_path):
         assert "goes on behind the furthest" in (tmp_path / "log" / f"on{world}" / "0.log").read_text()
         assert list(losses(folder)) == list(range(7)) and losses(folder)[1] == losses(kept)[1]
     same_files(cwd / "exported1", cwd / "exported3")
+
+    # whoever exported it, the position is that of both ranks, and a phase behind it goes on there
+    states = [step_checkpoint.read_rank(cwd / "on_other_ranks" / "step_000002", rank)["loader"] for rank in range(2)]
+    for world in (1, 3):
+        assert ckpt.load_json(cwd / f"exported{world}" / "config.json")["loader"] == states
+    capsys.readouterr()
+    fractal_train.main([*flags(home, cwd), "--checkpoint", str(cwd / "exported1"), "--unfreeze", "--num-iterations", "1"])
+    assert f"the data goes on behind the {2 * 12 * 32:,} tokens" in capsys.readouterr().out
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(home, cwd, capsys, monkeypatch):

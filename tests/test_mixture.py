@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_shards import make_texts
 
-from nanochat import mixture
+from nanochat import mixture, packing
 from nanochat.conversations import parse
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
@@ -193,21 +193,38 @@ def test_resume_is_exact_from_one_state_and_from_all(tok, sources):
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_on_other_ranks_it_goes_on_behind_the_furthest(tok, sources, world):
-    loaders = [mixed(tok, sources, rank=r, world_size=2) for r in range(2)]
+def test_on_other_ranks_it_goes_on_behind_the_furthest(tok, tmp_path, monkeypatch, world):
+    monkeypatch.setattr(packing, "REFILL_UNITS", 3)  # else everything is buffered at once, and nothing left to go on with
+    folders, rows = [tmp_path / "text", tmp_path / "chat"], 30
+    for folder, column in zip(folders, ("text", "messages")):
+        folder.mkdir()
+        for shard in range(4):
+            numbers = range(shard * rows, (shard + 1) * rows)
+            documents = make_texts(rows, shard) if column == "text" else [json.dumps(chat(i)) for i in numbers]
+            pq.write_table(pa.table({column: documents}), folder / f"{shard}.parquet", row_group_size=7)
+    parts = [None, None, *folders]  # as `sources` above
+    loaders = [mixed(tok, parts, rank=r, world_size=2) for r in range(2)]
     for _ in range(5):
         [next(loader) for loader in loaders]
     states = json.loads(json.dumps([loader.state() for loader in loaders]))
-    furthest = [max(tuple(s["sources"][i]["next"]) for s in states) for i in range(2)]
-    assert all(loader.epoch == 0 for loader in loaders) and min(furthest) > (0, 0, 0)
-    again = [mixed(tok, sources, rank=r, world_size=world, state=states) for r in range(world)]
-    assert [a.tokens_read for a in again] == [2 * 5 * 2 * 60 // world // 120 * 120] * world
-    for loader in again:
-        next(loader)
-        for stream, at in zip(loader.streams, furthest):
-            addresses = [address[:3] for address, _ in stream._pieces.values()]
-            assert stream.epoch or all(address >= at for address in addresses)
+    positions = [sorted(tuple(s["sources"][i]["next"]) for s in states) for i in range(2)]
+    assert all(loader.epoch == 0 for loader in loaders)
+    assert all((0, 0, 0) < before < furthest < (3, 0, 0) for before, furthest in positions)
+
+    read, add = {folder.name: [] for folder in folders}, packing.RowStream._add
+
+    def watched(self, address, tokens):
+        read[self.shards[0].parent.name].append(address[:3])
+        add(self, address, tokens)
+    monkeypatch.setattr(packing.RowStream, "_add", watched)
+    again = [mixed(tok, parts, rank=r, world_size=world, state=states) for r in range(world)]
+    assert [a.tokens_read for a in again] == [2 * 5 * 2 // world * 60] * world
+    for _ in range(3):
+        [next(loader) for loader in again]
+    assert all(stream.epoch == 0 for loader in again for stream in loader.streams)
+    for (_, (shard, row, span)), addresses in zip(positions, read.values()):
+        assert min(addresses) == ((shard, row, span) if row < rows else (shard + 1, 0, 0))  # nothing left out, nothing again
     with pytest.raises(ValueError, match=r"that of ranks \[1\] and not of all ranks once"):
-        mixed(tok, sources, rank=0, world_size=2, state=states[1:])
+        mixed(tok, parts, rank=0, world_size=2, state=states[1:])
     with pytest.raises(ValueError, match="another mixture"):
-        DataLoader(tok, [Part(0.5, sources[2]), Part(0.5, sources[3])], "train", 2, 60, buffer_size=9, seed=3, state=states)
+        DataLoader(tok, [Part(0.5, parts[2]), Part(0.5, parts[3])], "train", 2, 60, buffer_size=9, seed=3, state=states)

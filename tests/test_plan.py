@@ -163,7 +163,7 @@ def speedrun(tmp_path, flag="--check", **env):
 
 def test_d32_stops_early_and_says_why(tmp_path):
     for env, words in [({"GPU_PROBE": "no-such-command"}, "no GPU is found"), ({"GPU_PROBE": "true"}, "no GPU is found"),
-                       ({"DISK_PROBE": "echo 12"}, r"has 12 GB of free disk, and 660 GB more are needed"),
+                       ({"DISK_PROBE": "echo 12"}, r"has 12 GB of free disk, and 900 GB more are needed"),
                        ({"NETWORK_PROBE": "false"}, "nanochat-d32 and the training data must be downloaded"),
                        ({"NETWORK_PROBE": "false", "DATA": "embedded"}, "nanochat-d32 must be downloaded"),
                        ({"GPU_PROBE": "seq 6"}, r"TOTAL_BATCH=524288 tokens are no multiple of the 98304 of one pass .8 "
@@ -178,12 +178,12 @@ def test_d32_stops_early_and_says_why(tmp_path):
 def test_d32_asks_for_no_more_than_it_needs(tmp_path):
     done = speedrun(tmp_path)
     assert done.returncode == 0 and done.stdout == \
-        "8 GPUs, 5000 GB of free disk (660 needed), to download: nanochat-d32 and the training data\n"
+        "8 GPUs, 5000 GB of free disk (900 needed), to download: nanochat-d32 and the training data\n"
     base = tmp_path / "not/there/chatsft_checkpoints/d32"
     base.mkdir(parents=True)
     (base / "model_000650.pt").write_bytes(b"")
-    done = speedrun(tmp_path, NETWORK_PROBE="false", DATA="embedded", USED_PROBE="echo 400", DISK_PROBE="echo 261")
-    assert done.returncode == 0 and "(260 needed)" in done.stdout and "download" not in done.stdout
+    done = speedrun(tmp_path, NETWORK_PROBE="false", DATA="embedded", USED_PROBE="echo 400", DISK_PROBE="echo 501")
+    assert done.returncode == 0 and "(500 needed)" in done.stdout and "download" not in done.stdout
     assert speedrun(tmp_path, "--typo").returncode == 2
 
 

@@ -12,8 +12,9 @@ import torch
 from conftest import language_parameters
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat import step_checkpoint
+from nanochat import step_checkpoint, training
 from nanochat.loss_eval import Student, matryoshka_backward
+from nanochat.monitor import read_metrics
 from nanochat.surgery import extract as surgery_extract
 from scripts import (
     base_train,
@@ -81,9 +82,9 @@ def test_the_whole_pipeline(home, cwd, capsys):
     final = fractal_train.main(["--checkpoint", str(folder / "model.pt"), "--unfreeze", "--num-iterations", "4", *train])
     assert final["steps"] == 4 and stage1["steps"] == 12
     # each phase goes on in the text where the one before stopped: 12 + 12 + 4 batches
-    info = [ckpt.load_json(p / "config.json")["loader"]["batches"]
+    info = [[rank["rows"] for rank in ckpt.load_json(p / "config.json")["loader"]]
             for p in (hybrid, folder, cwd / "fractal_checkpoints/d2_64_unfrozen")]
-    assert info == [12, 24, 28]
+    assert info == [[4 * 12], [4 * 24], [4 * 28]]
     unfrozen = cwd / "fractal_checkpoints/d2_64_unfrozen"
     result = fractal_eval.main(["--checkpoint", str(unfrozen), "--data", str(home / "docs"), "--eval-tokens", "512",
                                 "--json", str(cwd / "eval.json")])
@@ -131,6 +132,9 @@ def test_controls_are_trained_calibrated_and_used(home, cwd, capsys):
     loaded = ckpt.load(auto)
     assert loaded.info["calibration"] == json.loads(json.dumps(evidence)) and evidence["sequences"] == 9
     assert loaded.model.config.exit_threshold == evidence["exit_threshold"]
+    written = times(auto)
+    fractal_train.main(["--checkpoint", hybrid, "--controls", "--num-iterations", "3", *docs, *SMALL])
+    assert times(auto) == written  # the calibration is still there
 
     # what is chosen beforehand is chosen on other rows than the test's, with a budget too
     prices, tested = [], {}
@@ -164,6 +168,14 @@ def test_surgery_of_a_base_evaluates_the_same(home, cwd):
     assert a["modes"]["think"]["bpb"] == b["modes"]["think"]["bpb"]
 
 
+def times(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def read_losses(folder):
+    return {e["step"]: e["loss"] for e in read_metrics(folder) if "loss" in e}
+
+
 def states_equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -172,7 +184,8 @@ def states_equal(a, b):
 def test_an_interrupted_run_resumes_bit_for_bit(home, cwd, script, monkeypatch):
     if script == "base":
         def run(*a):
-            base_train.main([*base_args(home), "--num-iterations", "8", "--tag", "r", "--save-every", "3", *a])
+            base_train.main([*base_args(home), "--num-iterations", "8", "--tag", "r", "--save-every", "3",
+                             "--log-every", "1", *a])
         folder = cwd / "base_checkpoints/r"
     else:
         surgery.main(["--src", str(cwd / "base_checkpoints/d2")])
@@ -185,7 +198,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(home, cwd, script, monkeypatch):
     names = ("model_000008.pt", "optim_000008.pt") if script == "base" else ("model.pt", "optim.pt")
     run()
     whole, optim = (ckpt.load_torch(folder / name) for name in names)
-    whole = {k: v.clone() for k, v in whole.items()}
+    losses, whole = read_losses(folder), {k: v.clone() for k, v in whole.items()}
     optim = [{i: {k: v.clone() for k, v in s.items()} for i, s in o["state"].items()} for o in optim]
     save = step_checkpoint.Saver.save
 
@@ -199,13 +212,25 @@ def test_an_interrupted_run_resumes_bit_for_bit(home, cwd, script, monkeypatch):
         run("--fresh")
     assert e.value.code == 130 and step_checkpoint.steps(folder) == [3]
     monkeypatch.setattr(step_checkpoint.Saver, "save", save)
+    if script == "stage1":  # what there is can be written out, without the text
+        with monkeypatch.context() as m:
+            m.setattr(fractal_train, "prepare_mixture", None)
+            run("--export")
+        assert ckpt.load_json(folder / "config.json")["provenance"]["steps"] == 3
+    if script == "base":  # two passes of half the rows: the same text, the same steps to rounding
+        shutil.copytree(folder, cwd / "interrupted")
+        run("--device-batch-size", "2")
+        assert read_losses(folder) == pytest.approx(losses, abs=2e-4)
+        shutil.rmtree(folder)
+        (cwd / "interrupted").rename(folder)
     run()
     assert states_equal(whole, ckpt.load_torch(folder / names[0]))
     for a, b in zip(optim, ckpt.load_torch(folder / names[1])):
         assert all(states_equal(s, b["state"][i]) for i, s in a.items())
     assert step_checkpoint.steps(folder) == [6, 8]
+    written = times(folder)
     run()  # a finished run says so and changes nothing
-    assert states_equal(whole, ckpt.load_torch(folder / names[0]))
+    assert times(folder) == written
 
 
 def test_accumulated_passes_equal_one_large_pass(hybrid, tokens):
@@ -350,8 +375,22 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
     fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--sample-dim", *docs], "no effect without --matryoshka")
     fails(capsys, fractal_train.main, ["--checkpoint", str(cwd / "none")], "no model in", "scripts.surgery")
     fails(capsys, fractal_train.main, ["--checkpoint", hybrid, *docs, "--log-every", "0"], "--log-every is 0")
-    fails(capsys, base_train.main, [*base_args(home), "--keep-checkpoints", "-2"], "--keep-checkpoints is -2")
-    fails(capsys, base_train.main, [*base_args(home), "--num-iterations", "0"], "--num-iterations is 0")
+    for name in ("--keep-checkpoints", "--max-skipped-steps", "--log-every"):  # -1 is not their word for never
+        for value in ("-1", "0"):
+            fails(capsys, base_train.main, [*base_args(home), name, value], f"{name} is {value}; it must be at least 1")
+    for name in ("--num-iterations", "--save-every", "--eval-every"):
+        fails(capsys, base_train.main, [*base_args(home), name, "0"], f"{name} is 0; it must be at least 1, or -1")
+    for name, value in (("--warmdown-ratio", "-0.5"), ("--warmup-ratio", "1.1"), ("--warmup-ratio", "nan")):
+        fails(capsys, base_train.main, [*base_args(home), name, value], f"{name} is {value}; it is a share of the steps")
+    for name in ("--matrix-lr", "--embedding-lr", "--unembedding-lr", "--scalar-lr", "--weight-decay"):
+        fails(capsys, base_train.main, [*base_args(home), name, "-1"], f"{name} is -1.0", "0 or more")
+    fails(capsys, base_train.main, [*base_args(home), "--matrix-lr", "inf"], "--matrix-lr is inf", "a finite number")
+    fails(capsys, base_train.main, [*base_args(home), "--target-param-data-ratio", "-20"], "must be a number above 0")
+    for name in ("--lr-scale", "--energy-lambda"):
+        fails(capsys, fractal_train.main, ["--checkpoint", hybrid, *docs, name, "-1"], f"{name} is -1.0", "0 or more")
+    for recipe in ("single", "split"):
+        fails(capsys, fractal_train.main, ["--checkpoint", hybrid, *docs, "--matryoshka", "--sample-dim", "--recipe", recipe,
+                                           "--draft-exit", "2"], f"{recipe} has none", "choose --recipe both, every, half")
     fails(capsys, fractal_eval.main, ["--checkpoint", hybrid, "--eval-tokens", "0"], "at least 1")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "auto", "-p", "x"], "needs trained controls")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "-p", "x", "--trace", "--max-tokens", "0"], "--max-tokens is 0")
@@ -368,9 +407,27 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
     fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--matryoshka", "--dim-levels", "16,99", *docs],
           "the model's levels are 16,32,64")
     fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--export", *docs], "no checkpoint in", "to export")
+    fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--export", "--fresh", *docs], "--fresh deletes", "drop one")
     monkeypatch.setenv("NANOCHAT_DTYPE", "fp8")
     fails(capsys, base_train.main, base_args(home), "NANOCHAT_DTYPE=fp8", "bfloat16")
     assert listing(cwd) == before
+
+
+def test_a_batch_that_does_not_split_names_what_can_be_changed(home, cwd, capsys, monkeypatch):
+    """A resumed run's total batch was not given and cannot be: rows of a pass and processes can."""
+    args = base_args(home)
+    at = args.index("--total-batch-size")
+    del args[at:at + 2]
+    resume = [*args, "--num-iterations", "12"]
+    fails(capsys, base_train.main, [*resume, "--device-batch-size", "3"], "256 tokens, 4 rows, in a step",
+          "choose a --device-batch-size that divides 4")
+    fails(capsys, base_train.main, [*resume, "--device-batch-size", "3", "--total-batch-size", "256"],
+          "--total-batch-size 256 is no multiple", "choose one that is")
+    monkeypatch.setattr(training, "init_processes", torch.device)
+    monkeypatch.setattr(training, "get_rank", lambda: (0, 3))
+    fails(capsys, base_train.main, resume, "3 processes", "with a number of processes that divides 4")
+    monkeypatch.setattr(training, "get_rank", lambda: (0, 2))
+    fails(capsys, base_train.main, resume, "choose a --device-batch-size that divides 2")
 
 
 def test_damaged_checkpoints_are_named(home, cwd, capsys):
