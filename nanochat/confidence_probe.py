@@ -373,7 +373,7 @@ def calibrate_prices(model, prompts: list[list[int]], budgets: list[float]) -> l
 
 # Exit thresholds in the order of their testing, strictest first; 1 never exits.
 THRESHOLDS = (1.0, 0.999, 0.997, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.87, 0.83, 0.78, 0.7, 0.6, 0.5)
-PATH_STEPS = 20  # limits on the cost that pareto_path tries
+PATH_STEPS = 40  # limits on the cost that pareto_path tries
 
 
 def sequences_needed(delta: float, epsilon: float) -> int:
@@ -445,17 +445,19 @@ def pareto_path(points: list[tuple[tuple[float, float], float, float]]) -> list[
 def tune(model, run, most: float) -> list[tuple[float, float]]:
     """
     The path of settings to test, from tuning data: run(budget, exit threshold) -> (losses (n,), FLOPs) of them. A budget's
-    thresholds are lowered until the mean loss exceeds `most`.
+    thresholds are lowered until the mean loss exceeds `most`, budgets until even without exits it does.
     """
-    points, budgets = [], budget_grid(model)[1::2]
+    points, budgets = [], budget_grid(model)[::-1]
     progress = Progress("tuning", len(budgets) * len(THRESHOLDS[::2]), "settings")
-    for budget in reversed(budgets):
+    for budget in budgets:
         for threshold in THRESHOLDS[::2]:
             losses, flops = run(budget, threshold)
             points.append(((budget, threshold), float(losses.mean()), flops))
             progress.step()
             if points[-1][1] > most:
                 break
+        if points[-1][0] == (budget, 1.0):
+            break
     return pareto_path(points)
 
 

@@ -15,6 +15,7 @@ from nanochat.cache import MatryoshkaKVCache
 from nanochat.confidence_probe import (
     THRESHOLDS,
     Controls,
+    budget_grid,
     calibrate_prices,
     check_trained,
     choose,
@@ -415,10 +416,14 @@ def test_tuning_stops_lowering_a_threshold_where_too_much_is_lost(hybrid):
         seen.append((budget, threshold))
         return torch.full((4,), 1 - threshold), budget * threshold
     path = tune(hybrid, run, 0.05)
-    assert path[0] == (1.0, 1.0) == seen[0] and len({b for b, _ in seen}) == 5
+    assert path[0] == (1.0, 1.0) == seen[0] and len({b for b, _ in seen}) == 10
     assert min(t for _, t in seen) == max(t for t in THRESHOLDS[::2] if 1 - t > 0.05)
     costs = [b * t for b, t in path[1:]]
     assert costs == sorted(costs, reverse=True)
+    seen.clear()
+    grid = budget_grid(hybrid)
+    assert tune(hybrid, lambda b, t: (seen.append((b, t)), (torch.tensor([float(b < grid[6])]), b * t))[1], 0.05)
+    assert {b for b, _ in seen} == set(grid[5:]) and (grid[5], 0.997) not in seen  # behind what fails without any exit
 
 
 def test_nothing_safe_is_said_so():

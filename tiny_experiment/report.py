@@ -142,7 +142,7 @@ def markdown(report: dict) -> str:
                      f"{c['exit_threshold'] or 'none passed'} | "
                      f"{100 * c['observed'][at]:.2f} % | {c['p_values'][at]:.3f} |")
     lines += ["", f"Calibrated so that with {100 * (1 - runs[0]['calibration']['epsilon']):.0f} % confidence at most "
-              f"{100 * runs[0]['calibration']['delta']:.0f} % of the answers that full compute gets right are lost.", "",
+              f"{100 * runs[0]['calibration']['delta']:g} % of the answers that full compute gets right are lost.", "",
               "| confusion, all seeds | tokens at exit points |", "|---|---|"]
     lines += [f"| {k} | {sum(r['gate']['confusion'][k] for r in runs)} |" for k in runs[0]["gate"]["confusion"]]
     for name in ("accuracy_flops", "controls", "traces"):
