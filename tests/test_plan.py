@@ -113,8 +113,11 @@ def test_the_command(d32, tmp_path, capsys):
 
 @pytest.mark.parametrize("world, dtype", [(1, torch.float32), (2, torch.bfloat16)])
 def test_traced_peak_is_the_measured_one(world, dtype):
-    """A step that really runs, in one process and sharded over two, against its trace: the promise is 10 %."""
-    assert plan_memory.check(world, dtype)["ratio"] == pytest.approx(1, abs=0.02)
+    """
+    A step that really runs, in one process and sharded over two, against its trace: the promise is 10 %. What gloo's threads
+    free is not seen, and on a busy machine that once made 7 %; one process is within 2 %.
+    """
+    assert plan_memory.check(world, dtype)["ratio"] == pytest.approx(1, abs=0.02 if world == 1 else 0.1)
 
 
 @pytest.mark.parametrize("stage", [plan_tables.make_stage(1, TINY), plan_tables.make_stage(2, GROWN, TINY)],

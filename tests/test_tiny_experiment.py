@@ -12,8 +12,8 @@ from tiny_experiment import __main__ as main
 from tiny_experiment import report, run
 from tiny_experiment.tasks import DIFFICULTIES, TASKS, Encoder, draw_many, make_tokenizer, split_of
 
-SIZES = run.Settings(steps=3, students_from=1, rows=16, pieces=4, control_steps=2, control_rows=16, calibration=400, test=30,
-                     swept=15, timed=2, processes=1)
+SIZES = run.Settings(steps=3, students_from=1, rows=16, pieces=4, control_steps=2, control_rows=16, calibration=100, test=30,
+                     swept=15, timed=2, processes=1, delta=0.05)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from nanochat.stages import set_trained
 from nanochat.training import set_rates
 from tiny_experiment.tasks import DIFFICULTIES, Encoder, draw_many, make_tokenizer
 
-DELTA, EPSILON = 0.005, 0.05
+EPSILON = 0.05
 SCHEDULE = 0.02, 0.98  # shares of the steps that warm up and down
 
 
@@ -53,6 +53,7 @@ class Settings:
     control_steps: int = 300
     control_rows: int = 128
     calibration: int = 4500  # a fifth of them says what to test
+    delta: float = 0.005  # the share of answers that adaptive compute may lose
     test: int = 900
     swept: int = 450  # of the test instances, for the curves
     timed: int = 90
@@ -61,8 +62,8 @@ class Settings:
     @classmethod
     def quick(cls) -> "Settings":
         """Runs every part in little more than a minute; much too short to learn the tasks."""
-        return cls(steps=40, students_from=10, rows=64, control_steps=20, control_rows=64, calibration=400, test=90,
-                   swept=45, timed=6)
+        return cls(steps=40, students_from=10, rows=64, control_steps=20, control_rows=64, calibration=200, test=90,
+                   swept=45, timed=6, delta=0.05)
 
 
 def make_model(encoder: Encoder, seed: int):
@@ -255,7 +256,7 @@ def change_score(model, idx):
 # ---------------------------------------------------------------------------------------------------------------------
 # One seed
 
-def calibrate_answers(tuning: Judge, judge: Judge) -> tuple[dict, torch.Tensor]:
+def calibrate_answers(tuning: Judge, judge: Judge, delta: float) -> tuple[dict, torch.Tensor]:
     """
     The evidence as a checkpoint carries it, and the losses (see confidence_probe.calibrate). The settings to test and their
     order come from `tuning`, instances of their own. Risk: the share of instances that full compute answers right and
@@ -269,21 +270,21 @@ def calibrate_answers(tuning: Judge, judge: Judge) -> tuple[dict, torch.Tensor]:
         result = judge(control=Controls(model, budget, **at, calibration={"prices": prices}))
         return (full & ~result["right"]).float(), float(result["flops"].sum())
     full = [j()["right"] for j in (tuning, judge)]
-    path = tune(model, lambda *setting: run(tuning, full[0], *setting), 3 * DELTA)
-    evidence, losses = calibrate(lambda *setting: run(judge, full[1], *setting)[0], DELTA, EPSILON, path)
+    path = tune(model, lambda *setting: run(tuning, full[0], *setting), 3 * delta)
+    evidence, losses = calibrate(lambda *setting: run(judge, full[1], *setting)[0], delta, EPSILON, path)
     risk = "answers that full compute gets right and adaptive compute does not"
     return evidence | {"risk": risk, "prices": prices}, losses
 
 
-def resampled_promise(losses: torch.Tensor, trials: int = 200, n: int = 1200) -> dict:
+def resampled_promise(losses: torch.Tensor, delta: float, trials: int = 200, n: int = 1200) -> dict:
     """
     Does calibration keep its promise? Calibrates on n instances drawn anew from all of `losses` (thresholds, instances),
     whose means are then the true risks; counts the trials in which the chosen threshold's exceeds delta.
     """
     true, g, failures = losses.mean(1), torch.Generator().manual_seed(0), 0
     for _ in range(trials):
-        at, _ = fixed_sequence(losses[:, torch.randint(losses.size(1), (n,), generator=g)], DELTA, EPSILON)
-        failures += at >= 0 and bool(true[at] > DELTA)
+        at, _ = fixed_sequence(losses[:, torch.randint(losses.size(1), (n,), generator=g)], delta, EPSILON)
+        failures += at >= 0 and bool(true[at] > delta)
     return {"trials": trials, "sequences": n, "failures": int(failures), "allowed": 16}
 
 
@@ -401,11 +402,11 @@ def measure(model, encoder: Encoder, seed: int, s: Settings, first: dict, folder
     prepare_inference(model, "cpu", torch.float32)
     held_out = draw_many(seed, s.calibration, "calibration")
     n = s.calibration // 5
-    calibration, losses = calibrate_answers(*(Judge(model, encoder, part) for part in (held_out[:n], held_out[n:])))
+    calibration, losses = calibrate_answers(*(Judge(model, encoder, part) for part in (held_out[:n], held_out[n:])), s.delta)
     budget, prices = calibration["budget"] or 1.0, calibration["prices"]
     calibration["budget"] = budget  # where nothing passed, full compute
     print0(f"  budget {budget:.2f} of full compute, exit threshold {calibration['exit_threshold']}")
-    promise = resampled_promise(losses)
+    promise = resampled_promise(losses, s.delta)
     model.config = c = replace(c, **calibrated_thresholds(calibration["exit_threshold"], c))
     save_export(folder, model, encoder.tokenizer, {"tag": "tiny", "provenance": {"trained": "tiny_experiment", "seed": seed},
                                                    "calibration": calibration})
