@@ -21,6 +21,12 @@ from nanochat.matryoshka import cost_table, norm, token_flops
 CLOSED = -1e4  # bias of a gate's unit or a predictor's gain that growth appends: exactly 0 behind it, so no answer changes
 
 
+def by_frequency(tokens: torch.Tensor) -> torch.Tensor:
+    """The ids that occur among `tokens` (any shape, int64, none negative), the most frequent first."""
+    count = tokens.flatten().bincount()
+    return count.argsort(descending=True, stable=True)[:int((count > 0).sum())]
+
+
 class ConfidenceGate(nn.Module):
     """
     How sure it is that leaving here would cost nothing: one hidden layer on the normed state, and how far its likeliest unit

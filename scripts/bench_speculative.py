@@ -18,6 +18,7 @@ from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
 from nanochat.engine import Engine, prepare_inference
 from nanochat.speculative import MAX_DRAFT, Record, candidates, expected_tokens
+from nanochat.training import flag
 from scripts.bench_tools import machine
 
 SAMPLING = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8, "top_k": 50}}
@@ -170,7 +171,7 @@ def bench_speculative(args) -> dict:
     """Every model given, the largest one last."""
     for name, least in (("max_tokens", 3), ("length", 1), ("prompts", 0), ("table", 0), ("proof", 0)):
         if getattr(args, name) < least:  # times begin behind the first token, and the last one is never drafted
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
+            raise ValueError(f"{flag(name)} is {getattr(args, name)}; it must be at least {least}")
     if args.length > MAX_DRAFT:
         raise ValueError(f"--length {args.length} is out of range: give 1 to {MAX_DRAFT}")
     paths = args.checkpoint or sorted((get_base_dir() / "fractal_checkpoints").glob("speedrun_*_unfrozen"))[-1:]

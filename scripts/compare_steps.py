@@ -10,23 +10,17 @@ deviation over seeds, say which is best.
 """
 import argparse
 import copy
-import json
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 
-import torch
-
-from nanochat.checkpoint_manager import build_model
-from nanochat.common import atomic_write, cli, get_base_dir, print0
+from nanochat.common import cli, print0
 from nanochat.elastic_step import TAUGHT, ElasticStep
 from nanochat.hybrid_gpt import HybridConfig
-from nanochat.optim import setup_optimizers
 from nanochat.stages import set_trained
 from nanochat.surgery import insert
 from nanochat.training import Share, set_rates
-from scripts.compare_surgery import T, Text, small_base, train
+from scripts.compare_surgery import T, Text, fresh_model, optimizers_of, small_base, train, write
 
 WHOLE = Share(1.0, 1.0, 1.0)  # a step is one pass of one process
 # name: recipe, and --student-every
@@ -42,9 +36,7 @@ def compare(args) -> dict:
     text = Text(args.steps + 4 * args.more_steps, args.rows)
     result = {"settings": vars(args), "bpb": {}, "steps": {}}
     for seed in range(args.seeds):
-        torch.manual_seed(seed)
-        start = build_model(config)
-        start.init_weights()
+        start = fresh_model(config, seed)
         before = train(start, text, 0, args.steps)[-1][1]
         if args.phase == "stage 1":
             start = insert(start, seed)
@@ -57,7 +49,7 @@ def compare(args) -> dict:
             spent, steps = 0.0, 0
             backward = ElasticStep(model, seed, args.more_steps, recipe, student_every=every)
             total = args.more_steps * backward.flops(None, args.rows * T)
-            opts = setup_optimizers(model, *(args.lr_scale * r for r in (0.02, 0.2, 0.004, 0.004)))
+            opts = optimizers_of(model, args.lr_scale)
             while spent < total:
                 x, y = text.train[args.steps + steps]
                 spent += backward(steps, x, y, WHOLE)["flops"]
@@ -104,9 +96,7 @@ def main(argv=None):
     if min(args.steps, args.more_steps, args.rows - 1, args.seeds, args.layers) < 1:
         raise ValueError("--steps, --more-steps, --seeds and --layers must be at least 1, --rows at least 2")
     result = compare(args)
-    path = Path(args.json).expanduser() if args.json else get_base_dir() / "compare_steps.json"
-    with atomic_write(path, "w") as f:
-        json.dump(result, f)
+    write(result, args.json, "compare_steps")
     print0(table(result))
     return result
 

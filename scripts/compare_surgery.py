@@ -10,7 +10,6 @@ trained, turned with each --order, made a hybrid, and evaluated at each width be
 """
 import argparse
 import copy
-import json
 import math
 import statistics
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from nanochat.checkpoint_manager import build_model, load_state
+from nanochat.checkpoint_manager import build_model, load_state, save_json
 from nanochat.common import atomic_write, cli, get_base_dir, print0
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
@@ -61,13 +60,30 @@ class Text:
         return evaluate_bpb(model, self.val, len(self.val), self.bytes, widths=widths)
 
 
+def fresh_model(config, seed: int):
+    """With weights of its own, drawn from the seed."""
+    torch.manual_seed(seed)
+    model = build_model(config)
+    model.init_weights()
+    return model
+
+
+def optimizers_of(model, lr_scale: float) -> list:
+    return setup_optimizers(model, *(lr_scale * r for r in (0.02, 0.2, 0.004, 0.004)))
+
+
+def write(result: dict, path: str | None, name: str) -> None:
+    """All figures to `path`, or to NANOCHAT_BASE_DIR/<name>.json."""
+    save_json(result, Path(path).expanduser() if path else get_base_dir() / f"{name}.json")
+
+
 def train(model, text: Text, start: int, steps: int, lr_scale: float = 1.0, every: int = 0, warmup: float = 0.0,
           backward: Callable | None = None) -> list[list[float]]:
     """
     Trains on the batches from number `start` on; [[tokens of this phase, bits per byte], ...] after every `every` steps
     (0: only at the end).
     """
-    opts = setup_optimizers(model, *(lr_scale * r for r in (0.02, 0.2, 0.004, 0.004)))
+    opts = optimizers_of(model, lr_scale)
     curve = [[0, text.bpb(model)]]
     for step in range(steps):
         x, y = text.train[start + step]
@@ -103,9 +119,7 @@ def growth(args) -> dict:
         print0(f"{factor} {name}: {curve[0][1]:.4f} -> {curve[-1][1]:.4f} bits/byte ({time.perf_counter() - t0:.0f} s)")
 
     for seed in range(args.seeds):
-        torch.manual_seed(seed)
-        model = build_model(config)
-        model.init_weights()
+        model = fresh_model(config, seed)
         result["before"].append(train(model, text, 0, args.steps)[-1][1])
         print0(f"seed {seed}: {model.num_params()['total']:,} parameters, {result['before'][-1]:.4f} bits/byte")
         go_on = {"start": args.steps, "steps": args.more_steps, "lr_scale": args.lr_scale, "warmup": 0.1}
@@ -118,10 +132,7 @@ def growth(args) -> dict:
             wide = replace(config, n_embd=width, n_head=n_head, n_kv_head=n_head, top_width=width)
             for name, start, steps in (("scratch", args.steps, args.more_steps),
                                        ("scratch, all tokens", 0, args.steps + args.more_steps)):
-                torch.manual_seed(seed)
-                fresh = build_model(wide)
-                fresh.init_weights()
-                run(label, name, fresh, start, steps)
+                run(label, name, fresh_model(wide, seed), start, steps)
     return result
 
 
@@ -177,9 +188,7 @@ def order(args) -> dict:
     text = Text(args.steps + args.more_steps, args.rows)
     result = {"settings": vars(args), "before": {}, "after": {}}
     for seed in range(args.seeds):
-        torch.manual_seed(seed)
-        base = build_model(config)
-        base.init_weights()
+        base = fresh_model(config, seed)
         bpb = train(base, text, 0, args.steps)[-1][1]
         print0(f"seed {seed}: base {bpb:.4f} bits/byte")
         state = State.of(base)
@@ -238,9 +247,7 @@ def main(argv=None):
     if args.what == "order" and args.plot:
         raise ValueError("--plot has no effect on order: drop it")
     result = (growth if args.what == "growth" else order)(args)
-    path = Path(args.json).expanduser() if args.json else get_base_dir() / f"compare_{args.what}.json"
-    with atomic_write(path, "w") as f:
-        json.dump(result, f)
+    write(result, args.json, f"compare_{args.what}")
     if args.plot:
         plot(result, Path(args.plot))
     print0((growth_table if args.what == "growth" else order_table)(result))

@@ -21,12 +21,10 @@ the same command resumes from, on any number of processes.
 import argparse
 import itertools
 
-import torch
-
 from nanochat import checkpoint_manager as ckpt
 from nanochat import distributed, stages
 from nanochat.common import cli, get_base_dir, get_rank, print0
-from nanochat.confidence_probe import budget_grid, calibrate_prices
+from nanochat.confidence_probe import budget_grid, by_frequency, calibrate_prices
 from nanochat.dataloader import DataLoader
 from nanochat.elastic_step import RECIPES, TAUGHT, ElasticStep
 from nanochat.loss_eval import evaluate_bpb
@@ -43,13 +41,6 @@ def uncalibrated(model, tokenizer, data, rows: int = 64) -> dict:
     T = model.config.sequence_len
     x, _ = next(iter(DataLoader(tokenizer, data, "val", rows, T, device=model.device)))
     return {"budget": 1.0, "prices": calibrate_prices(model, x[:, :max(1, T // 4)].tolist(), budget_grid(model))}
-
-
-def frequent_tokens(tokenizer, data, T: int, rows: int = 64) -> torch.Tensor:
-    """Token ids that occur in some training text, the most frequent first; the same on all ranks."""
-    x, _ = next(iter(DataLoader(tokenizer, data, "train", rows, T)))
-    count = x.flatten().bincount()
-    return count.argsort(descending=True, stable=True)[:int((count > 0).sum())]
 
 
 def is_export_of(folder, step: int, source: str) -> bool:
@@ -229,7 +220,8 @@ def main(argv=None):
         if any(p.requires_grad for p in model.gate.parameters()):
             model.gate.admit_new_units()
             if not bool(model.gate.c_proj.weight.any()):  # never trained
-                model.gate.resemble(state["lm_head.weight"][frequent_tokens(tokenizer, data, T)])
+                x, _ = next(iter(DataLoader(tokenizer, data, "train", 64, T)))  # the same text on all ranks
+                model.gate.resemble(state["lm_head.weight"][by_frequency(x)])
         if (moments := file.parent / "optim.pt").is_file():
             print0(f"{ckpt.carry_optimizers(moments, optimizers)} parameters go on with the optimizer's state in {moments}; "
                    "--warmup-ratio raises the rate anew")

@@ -14,6 +14,7 @@ import argparse
 from nanochat.checkpoint_manager import save_json
 from nanochat.common import cli
 from nanochat.monitor import PEAK_FLOPS
+from nanochat.training import flag
 from scripts.plan_memory import show_memory
 from scripts.plan_tables import WIDTHS, d32_stages, show_tables
 
@@ -50,7 +51,7 @@ def main(argv=None) -> dict:
         raise ValueError(f"--mfu {args.mfu:g} is more than the whole peak: give a share such as 0.4")
     idle = TABLES if args.memory else {"device_batch_size"}
     for name in sorted(k for k in idle if getattr(args, k) != p.get_default(k)):
-        print(f"note: --{name.replace('_', '-')} has no effect {'with' if args.memory else 'without'} --memory")
+        print(f"note: {flag(name)} has no effect {'with' if args.memory else 'without'} --memory")
     stages = [s for s in d32_stages() if s.number in args.stages]
     if args.memory:
         result = show_memory(stages, args)

@@ -20,6 +20,7 @@ from nanochat.confidence_probe import (
     THRESHOLDS,
     Controls,
     budget_grid,
+    by_frequency,
     calibrate,
     calibrate_prices,
     calibrated_thresholds,
@@ -29,7 +30,7 @@ from nanochat.confidence_probe import (
 from nanochat.distributed import reduce_whole
 from nanochat.engine import Engine, Trace, prepare_inference
 from nanochat.hybrid_gpt import HybridConfig
-from nanochat.loss_eval import Shadow, controls_backward, gate_loss, matryoshka_backward, sample_students
+from nanochat.loss_eval import ANSWER, Shadow, controls_backward, gate_loss, matryoshka_backward, sample_students
 from nanochat.matryoshka import norm, token_flops
 from nanochat.optim import setup_optimizers
 from nanochat.stages import set_trained
@@ -125,8 +126,7 @@ def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict
     set_trained(model, "controls")
     model.compute_dtype = torch.float32
     _, y, _ = encoder.batch(draw_many(seed, 1000, "controls"))
-    count = y[y >= 0].bincount()
-    model.gate.resemble(model.lm_head.weight[count.argsort(descending=True, stable=True)[:int((count > 0).sum())]])
+    model.gate.resemble(model.lm_head.weight[by_frequency(y[y >= 0])])
     optimizers = setup_optimizers(model, control_lr=0.01)
     progress, history = Progress("controls", s.control_steps), []
     for step in range(s.control_steps):
@@ -135,7 +135,7 @@ def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict
         number = (seed * 1_000_003 + step) * world + rank
         x, y, starts = encoder.batch(draw_many(number, s.control_rows // world, "controls"))
         generator = torch.Generator().manual_seed(number)
-        y = at_most(3, y, generator)  # or the long answers of easy tasks would speak for all
+        y = at_most(ANSWER, y, generator)  # or the long answers of easy tasks would speak for all
         losses = controls_backward(model, x, y, starts, generator, tokens=512, scale=1 / world)
         finish_step(model, optimizers)
         history.append({k: float(v) for k, v in losses.items()})
