@@ -6,9 +6,12 @@ Rows may stand at different positions. A position keeps the heads it was compute
 positions that have that head (DESIGN 7); while a block's width never changes there is no mask for that.
 """
 import copy
+import itertools
 
 import torch
 
+from nanochat.block_run import BlockRun
+from nanochat.cpu_decode import serves
 from nanochat.mamba_block import WINDOW, MambaState
 from nanochat.matryoshka import rope_tables
 
@@ -195,6 +198,7 @@ class MatryoshkaKVCache:
         self.blocks, self.views, self._saved_pos = model.transformer.h, [], None
         self.chunk, self.behind = None, [0] * c.n_block
         self._late = []  # (tokens, states, levels) of the last steps, oldest first
+        self._run = None
         self._rope = rope_tables(torch.arange(length, device=device), c.head_dim, c.rope_base)
         for block in model.transformer.h:
             if block.kind == "attention":
@@ -227,6 +231,14 @@ class MatryoshkaKVCache:
         """The announced tokens have been written by every block."""
         self.pos = self.chunk.ends
 
+    def compiled_run(self, x: torch.Tensor, levels: list) -> BlockRun | None:
+        """What runs blocks of these levels on the announced tokens' states x in one call, where that can be done."""
+        if self.chunk.lengths is not None or not serves(x):
+            return None
+        if self._run is None:
+            self._run = BlockRun.of(self.model)
+        return self._run if self._run.takes(x, levels) else None
+
     # --- what exited tokens owe
 
     def defer(self, first: int, idx: torch.Tensor, x: torch.Tensor, levels: list) -> None:
@@ -237,21 +249,34 @@ class MatryoshkaKVCache:
         for i in range(first, len(self.behind)):
             self.behind[i] += idx.size(1)
 
-    def catch_up(self, i: int) -> None:
-        """Block i writes the memory of the tokens that owe it."""
-        late = self.behind[i]
-        if not late:
-            return
-        n = sum(idx.size(1) for idx, _, _ in self._late) - late  # how many of the oldest it has seen
+    def catch_up(self, first: int, last: int) -> None:
+        """Blocks first, ..., last - 1 write the memory of the tokens that owe it to them."""
+        for late, some in itertools.groupby(range(first, last), self.behind.__getitem__):
+            if late:
+                some = list(some)
+                self._catch_up(some[0], some[-1] + 1, late)
+
+    def catch_up_alike(self, first: int) -> int:
+        """Block `first` and those behind it that owe as much write their memory; the first block that is not among them."""
+        last = next((i for i in range(first, len(self.behind)) if self.behind[i] != self.behind[first]), len(self.behind))
+        self.catch_up(first, last)
+        return last
+
+    def _catch_up(self, first: int, last: int, late: int) -> None:
+        """Likewise, where all of them owe `late` tokens."""
+        n = sum(idx.size(1) for idx, _, _ in self._late) - late  # how many of the oldest they have seen
         idx, x = (torch.cat([entry[j] for entry in self._late], 1)[:, n:] for j in (0, 1))
-        levels = [entry[2][i] for entry in self._late]
-        if len(set(levels)) == 1 and isinstance(levels[0], int):
-            level = levels[0]
-        else:
-            level = torch.cat([torch.as_tensor(d).expand(entry[0].shape) for d, entry in zip(levels, self._late)], 1)[:, n:]
+
+        def level(i):
+            each = [entry[2][i] for entry in self._late]
+            if isinstance(each[0], int) and len(set(each)) == 1:
+                return each[0]
+            return torch.cat([torch.as_tensor(d).expand(entry[0].shape) for d, entry in zip(each, self._late)], 1)[:, n:]
+        levels = [level(i) if first <= i < last else None for i in range(len(self.behind))]
         now, self.chunk = self.chunk, Chunk([p - late for p in self.pos], late, None, self.device)
-        self.blocks[i](x, level, self.chunk.rope(self._rope), self.model.value(i, idx), self.views[i], active=False)
-        self.chunk, self.behind[i] = now, 0
+        self.behind[first:last] = [0] * (last - first)
+        self.model.run(first, last, idx, x, levels, self.chunk.rope(self._rope), self, active=False)
+        self.chunk = now
 
     def reopen(self) -> tuple[int, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """
@@ -268,8 +293,7 @@ class MatryoshkaKVCache:
 
     def settle(self) -> None:
         """Every block catches up."""
-        for i in range(len(self.behind)):
-            self.catch_up(i)
+        self.catch_up(0, len(self.behind))
         self._forget()
 
     def _forget(self) -> None:
@@ -331,6 +355,6 @@ class MatryoshkaKVCache:
         """A copy that shares no memory, without a checkpoint."""
         twin = copy.copy(self)
         twin.pos, twin._saved_pos = list(self.pos), None
-        twin.behind, twin._late = list(self.behind), list(self._late)
+        twin.behind, twin._late, twin._run = list(self.behind), list(self._late), None
         twin.views = [view.clone(twin) for view in self.views]
         return twin

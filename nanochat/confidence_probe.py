@@ -202,8 +202,9 @@ def check_trained(model) -> None:
 
 class Controls:
     """
-    Mode `auto` for the rows of one batch. `plan` picks their widths; called as GPT.hidden's control it lets tokens exit
-    and rows expand. A row's expansion lasts: `widths` (rows, n_block) int64 holds what its next token starts with.
+    Mode `auto` for the rows of one batch. `plan` picks their widths; it is then GPT.hidden's control, which lets tokens exit
+    and rows expand, for the rows that `begin` named. A row's expansion lasts: `widths` (rows, n_block) int64 holds what its
+    next token starts with. `exits` (B, T) and `ran`, n_block levels, say how the tokens of the last pass were computed.
 
     budget: share of the full model's FLOPs per token that the predictor may plan for, exits not counted; None: the one
     the checkpoint was calibrated at, or 1. Thresholds: None: the config's. score(i, x): replaces the gate, (B, T) in (0, 1)
@@ -227,7 +228,20 @@ class Controls:
             raise ValueError(f"a budget of {self.budget} is less than the narrowest widths cost, {floor:.3f} of the full "
                              f"compute: give one from {floor:.3f} to 1")
         self.price = _interpolate(calibration.get("prices", []), self.budget)
-        self.widths = None
+        self.widths = self.rows = self.exits = self.ran = None
+        self.bar = self._bar if score is None else None
+
+    def _bar(self, levels: list) -> tuple[float, float]:
+        """
+        Above the one answer of the gate a token leaves, below the other (past half depth) its row expands, if any of the
+        levels of the blocks to come can.
+        """
+        top = self.model.config.top_width
+        return self.exit_threshold, self.expand_threshold if any(d != top for d in levels) else 0.0
+
+    def begin(self, rows: list[int], exits: torch.Tensor, levels: list) -> None:
+        """A pass of these planned rows begins, with what it would do if nothing were decided (see GPT.hidden)."""
+        self.rows, self.exits, self.ran = rows, exits, levels
 
     def _gate(self, i, x):
         c = self.model.config
@@ -245,15 +259,16 @@ class Controls:
     def parallel(self, x: torch.Tensor, prompts: list[list[int]], acts: torch.Tensor, watch=None):
         """
         One pass over whole texts x (B, T) that decides as decoding them token by token would: (normed final states
-        (B, T, D), planned widths (B, n_block)). `exits` (B, T) and `ran` (n_block levels) say how each token was computed.
+        (B, T, D), planned widths (B, n_block)).
         acts (B, T) bool: the tokens that generate. watch(i, states, exits): looks on at each exit point, before a decision.
         """
-        widths, rows = self.plan(prompts).clone(), list(range(len(x)))
+        widths = self.plan(prompts).clone()
+        self.begin(list(range(len(x))), None, None)
 
         def decide(i, states, exits, levels):
             if watch is not None:
                 watch(i, states, exits)
-            return self(rows, i, states, exits, levels, acts)
+            return self(i, states, exits, levels, acts=acts)
         return self.model.hidden(x, widths, control=decide), widths
 
     def flops(self, at: torch.Tensor, per_point: float | None = None) -> torch.Tensor:
@@ -265,13 +280,16 @@ class Controls:
         place = torch.arange(1, at.size(1) + 1).expand(at.shape)[at]
         return token_flops(self.model, self.exits[at], ran, place, self.model.gate.flops if per_point is None else per_point)
 
-    def __call__(self, rows, i, x, exits, levels, acts=None):
+    def __call__(self, i, x, exits, levels, sure: float | None = None, acts=None):
         """
-        rows: which of the planned rows these are. acts (B, T) bool: where the gate may decide (None: everywhere).
-        The rest is GPT.hidden's control.
+        GPT.hidden's control. sure: of a single token, the gate's answer. acts (B, T) bool: where the gate may decide (None:
+        everywhere).
         """
+        if sure is not None and sure > self.exit_threshold and acts is None:
+            self.exits, self.ran = torch.full_like(exits, i), levels
+            return self.exits, levels
         going = exits > i if acts is None else (exits > i) & acts
-        sure = self.score(i, x).cpu()
+        sure = self.score(i, x).cpu() if sure is None else torch.full_like(exits, sure, dtype=torch.float32)
         leave = going & (sure > self.exit_threshold)
         exits = exits.masked_fill(leave, i)
         if 2 * i > self.model.config.n_block:
@@ -282,7 +300,7 @@ class Controls:
                     level = torch.as_tensor(levels[b]).expand(up.shape)
                     at = (torch.searchsorted(self.levels, level.contiguous()) + up).clamp(max=len(self.levels) - 1)
                     levels[b] = self.levels[at]
-                    self.widths[rows, b] = levels[b][:, -1]
+                    self.widths[self.rows, b] = levels[b][:, -1]
                     if bool((levels[b] == levels[b].flatten()[0]).all()):
                         levels[b] = int(levels[b].flatten()[0])
         self.exits, self.ran = exits, levels

@@ -17,7 +17,7 @@ MAX_ROWS = 48
 
 # Numbers of pointers, sizes and floats that each takes, in this order.
 _OPERATORS = {"norm": (2, 2, 2), "linear": (3, 5, 0), "mlp": (4, 6, 2), "attention": (15, 13, 2), "mamba": (15, 12, 1),
-              "replay": (8, 9, 0)}
+              "replay": (8, 9, 0), "blocks": (11, 7, 5)}
 _SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -30,7 +30,8 @@ def serves(x: torch.Tensor, *weights: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _operator(name: str, dtype: torch.dtype):
+def operator(name: str, dtype: torch.dtype):
+    """The function of csrc/decode.cpp."""
     pointers, sizes, floats = _OPERATORS[name]
     types = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * sizes + [ctypes.c_float] * floats
     address = ctypes.c_void_p.in_dll(library(), f"{name}_{_SUFFIX[dtype]}").value
@@ -47,14 +48,14 @@ def norm(x: torch.Tensor, d_ref: int, eps: float) -> torch.Tensor:
     """matryoshka.norm: x (..., d) of any strides -> the same shape, contiguous."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    _operator("norm", x.dtype)(x.data_ptr(), y.data_ptr(), x.numel() // x.size(-1), x.size(-1), d_ref, eps)
+    operator("norm", x.dtype)(x.data_ptr(), y.data_ptr(), x.numel() // x.size(-1), x.size(-1), d_ref, eps)
     return y
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (..., k) times weight (m, k)^T, whose rows may lie apart -> (..., m)."""
     y, flat = x.new_empty(*x.shape[:-1], weight.size(0)), _rows(x)
-    _operator("linear", x.dtype)(flat.data_ptr(), weight.data_ptr(), y.data_ptr(), flat.size(0), flat.size(1),
+    operator("linear", x.dtype)(flat.data_ptr(), weight.data_ptr(), y.data_ptr(), flat.size(0), flat.size(1),
                                  weight.size(0), flat.stride(0), weight.stride(0))
     return y
 
@@ -62,7 +63,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def mlp(x: torch.Tensor, c_fc: torch.Tensor, c_proj: torch.Tensor, d: int, d_ref: int, eps: float) -> torch.Tensor:
     """The update of an MLP at width d, its norm included: x (..., >= d) -> (..., d)."""
     y, flat = x.new_empty(*x.shape[:-1], d), _rows(x)
-    _operator("mlp", x.dtype)(flat.data_ptr(), c_fc.data_ptr(), c_proj.data_ptr(), y.data_ptr(), flat.size(0), d, 4 * d,
+    operator("mlp", x.dtype)(flat.data_ptr(), c_fc.data_ptr(), c_proj.data_ptr(), y.data_ptr(), flat.size(0), d, 4 * d,
                               flat.stride(0), c_fc.stride(0), c_proj.stride(0), d_ref, eps)
     return y
 
@@ -78,7 +79,7 @@ def attention(attn, x: torch.Tensor, d: int, rope, value: torch.Tensor | None, v
     value = None if gate is None else _rows(value)
     row, position = view.owner.chunk.places()
     cos, sin = rope
-    _operator("attention", x.dtype)(
+    operator("attention", x.dtype)(
         flat.data_ptr(), _pointer(y), *(m.weight.data_ptr() for m in (attn.c_q, attn.c_k, attn.c_v, attn.c_proj)),
         _pointer(gate), _pointer(value), cos.data_ptr(), sin.data_ptr(), view.k.data_ptr(), view.v.data_ptr(),
         _pointer(view.heads), row.data_ptr(), position.data_ptr(),
@@ -100,7 +101,7 @@ def mamba(mixer, x: torch.Tensor, before, after, write_only: bool,
     weight = mixer.in_proj.weight[mixer.d_inner:] if write_only else mixer.in_proj.weight
     projected = x.new_empty(*x.shape[:2], weight.size(0))
     small = (mixer.conv1d.weight, mixer.conv1d.bias, mixer.dt_bias, mixer.A_log, mixer.D, mixer.norm.weight)
-    _operator("mamba", x.dtype)(
+    operator("mamba", x.dtype)(
         flat.data_ptr(), weight.data_ptr(), mixer.out_proj.weight.data_ptr(), _pointer(y), projected.data_ptr(),
         *(state[i].data_ptr() for i in (0, 1) for state in (before, after)), *(p.data_ptr() for p in small),
         flat.size(0), x.size(1), mixer.d_model, mixer.d_inner, mixer.nheads, mixer.d_state, mixer.ngroups, mixer.d_conv,
@@ -115,7 +116,7 @@ def replay(mixer, xBC_dt: torch.Tensor, state, counts: torch.Tensor) -> None:
     """
     xBC_dt, (conv, ssm) = xBC_dt.contiguous(), state
     small = (mixer.conv1d.weight, mixer.conv1d.bias, mixer.dt_bias, mixer.A_log)
-    _operator("replay", xBC_dt.dtype)(
+    operator("replay", xBC_dt.dtype)(
         xBC_dt.data_ptr(), conv.data_ptr(), ssm.data_ptr(), counts.data_ptr(), *(p.data_ptr() for p in small),
         *xBC_dt.shape[:2], mixer.d_inner, mixer.nheads, mixer.d_state, mixer.ngroups, mixer.d_conv, conv.stride(0),
         ssm.stride(0))

@@ -151,6 +151,7 @@ class Engine:
         else:
             widths = torch.tensor([model.resolve_widths(m) for m in modes])  # (rows, n_block)
         exits = torch.tensor([[n_block if d is None else d] for d in depths])
+        any_exit = bool((exits < n_block).any())
         stop, device = set(stop), model.device
         text = [list(p) for p in prompts]
         left = [max_tokens] * n
@@ -174,18 +175,17 @@ class Engine:
             now = (widths if control is None else control.widths)[live]
             if before is None or not torch.equal(now, before):
                 before, levels = now, model.resolve_widths(now)
-            ran = [None if bool((exits[live] == n_block).all()) else exits[live], levels]
-
-            def decide(i, x, exits, levels):
-                ran[:] = control(live, i, x, exits, levels)
-                return ran
-            h = model.hidden(idx, levels, ran[0], cache, control=control and decide)[:, -1]
-            depths = [n_block] * len(live) if ran[0] is None else ran[0][:, 0].tolist()
-            for i, (r, d) in enumerate(zip(live, depths)):
-                at = tuple(w if isinstance(w, int) else int(w.expand(len(live), 1)[i, 0]) for w in ran[1])
+            leave, ran = exits[live], levels
+            if control is not None:
+                control.begin(live, leave, levels)
+            h = model.hidden(idx, levels, leave if any_exit else None, cache, control=control)[:, -1]
+            if control is not None:
+                leave, ran = control.exits, control.ran
+            for i, (r, d) in enumerate(zip(live, leave[:, 0].tolist())):
+                at = tuple(w if isinstance(w, int) else int(w.expand(len(live), 1)[i, 0]) for w in ran)
                 self.traces[r].steps.append((d, at))
             return h
-        if control is None and exits.min() == n_block:
+        if control is None and not any_exit:
             h = self._prefill(text, widths, cache)
             for trace in self.traces if not lossless else ():  # whose steps are appended as its tokens come
                 trace.steps.append((n_block, trace.widths))

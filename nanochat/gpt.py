@@ -4,6 +4,7 @@ parameters also after the embedding, logits softly capped at 15. Its blocks are 
 it runs at any nested width, and the hybrid (hybrid_gpt.py) is this class with Mamba blocks put between.
 """
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 import torch.nn as nn
@@ -53,7 +54,7 @@ class GPTConfig:
         """The widest level: size of the attention and MLP matrices. In a hybrid the residual stream may be wider."""
         return self.n_embd
 
-    @property
+    @cached_property
     def modes(self) -> dict[str, int]:
         """Mode name -> width."""
         return mode_levels(self.top_width, self.d_ref, self.head_dim)
@@ -61,11 +62,10 @@ class GPTConfig:
     @property
     def distinct_modes(self) -> dict[str, int]:
         """The modes without 'god' where another name stands for the full width already; the last one is the full width."""
-        modes = self.modes
-        god = modes.pop("god")
-        return modes if god in modes.values() else modes | {"god": god}
+        others = {name: d for name, d in self.modes.items() if name != "god"}
+        return others if self.modes["god"] in others.values() else self.modes
 
-    @property
+    @cached_property
     def levels(self) -> tuple[int, ...]:
         """The allowed widths, ascending."""
         return tuple(sorted(set(self.modes.values())))
@@ -74,7 +74,7 @@ class GPTConfig:
     def n_block(self) -> int:
         return self.n_layer
 
-    @property
+    @cached_property
     def exit_points(self) -> tuple[int, ...]:
         """Numbers of blocks after which a token may exit: 2/8, 3/8 ... 7/8 of them, in whole (attention, Mamba) pairs."""
         per_layer = self.n_block // self.n_layer
@@ -190,7 +190,8 @@ class GPT(nn.Module):
         cache: continue from it, and advance it by T tokens, or by lengths[r] in row r, whose other tokens are padding;
         without one, a sequence starts at position 0.
         control: decides on the way. At every exit point that some token reaches, control(i, x, exits, levels) sees the
-        state x (B, T, D) behind i blocks and returns exits (B, T) and the levels of all blocks, changed only from i on.
+        state x (B, T, D) behind i blocks and returns exits (B, T) and the levels of all blocks, changed only from i on. A
+        control with a `bar` (see Controls) is not asked where a single token's gate leaves it nothing to decide.
         """
         c, (B, T) = self.config, idx.shape
         if cache is not None:
@@ -206,11 +207,13 @@ class GPT(nn.Module):
         first, deepest = (c.n_block,) * 2 if exits is None else (int(n) for n in exits.aminmax())
         levels = self.resolve_widths(widths)
         x = norm(self.embed(self.transformer.wte, idx), c.d_ref, c.norm_eps)
-        for i, block in enumerate(self.transformer.h):
-            if control is not None and i in c.exit_points and i < deepest:
-                exits, levels = control(i, x, exits, levels)
+        bar = getattr(control, "bar", None) if idx.numel() == 1 and cache is not None else None
+        i, sure, going = 0, (), -1  # the gate's answer, where it is known; the exit point where the token is known to go on
+        while i < c.n_block:
+            if control is not None and i in c.exit_points and i < deepest and i != going:
+                exits, levels = control(i, x, exits, levels, *sure)
                 first, deepest = (int(n) for n in exits.aminmax())
-            active = None
+            active, stop = None, i + 1
             if i >= deepest:
                 if cache is None:
                     break  # nobody is left to be updated, and there is no memory to write
@@ -220,12 +223,15 @@ class GPT(nn.Module):
                 active = False
             elif i >= first:
                 active = (exits > i).to(idx.device)
-            if cache is not None:
-                cache.catch_up(i)
-            level = levels[i]
-            if isinstance(level, torch.Tensor) and not level.is_floating_point():
-                level = int(level) if B * T == 1 else level.expand(B, T)
-            x = block(x, level, rope, self.value(i, idx), cache[i] if cache is not None else None, active)
+            elif bar is not None and first == c.n_block and (run := cache.compiled_run(x, levels[i:])):
+                stop = cache.catch_up_alike(i)
+                x, i, asked, sure = run.ahead(i, stop, idx, x, levels, rope, cache, bar(levels[i:]))
+                sure, going = ((sure,), -1) if asked else ((), i)
+                continue
+            else:
+                stop = min(first, c.n_block if control is None else next((p for p in c.exit_points if p > i), c.n_block))
+            x = self.run(i, stop, idx, x, levels, rope, cache, active)
+            i = stop
         if cache is not None:
             cache.advance()
         return norm(x, c.d_ref, c.norm_eps)
@@ -237,15 +243,35 @@ class GPT(nn.Module):
         """
         c = self.config
         first, idx, x, rope = cache.reopen()
-        for i, block in enumerate(self.transformer.h[first:], first):
-            x = block(x, c.top_width, rope, self.value(i, idx), cache[i])
+        x = self.run(first, c.n_block, idx, x, [c.top_width] * c.n_block, rope, cache)
         return norm(x, c.d_ref, c.norm_eps)
+
+    def run(self, first: int, last: int, idx, x, levels: list, rope, cache=None, active=None) -> torch.Tensor:
+        """
+        Blocks first, ..., last - 1 on the tokens idx (B, T) with states x (B, T, D) -> their states behind. levels: of all
+        blocks, as `resolve_widths` gives them; rope, cache and active as in AttentionBlock.
+        """
+        if cache is not None:
+            cache.catch_up(first, last)
+            if (active is None or active is False) and (run := cache.compiled_run(x, levels[first:last])):
+                return run(first, last, idx, x, levels, rope, cache, write_only=active is False)
+        for i, block in enumerate(self.transformer.h[first:last], first):
+            level = levels[i]
+            if isinstance(level, torch.Tensor) and not level.is_floating_point():
+                level = int(level) if idx.numel() == 1 else level.expand(idx.shape)
+            x = block(x, level, rope, self.value(i, idx), None if cache is None else cache[i], active)
+        return x
 
     def embed(self, table: nn.Embedding, idx: torch.Tensor) -> torch.Tensor:
         return table(idx).to(self.compute_dtype)
 
     def value(self, i: int, idx: torch.Tensor):
-        """Value embeddings of the tokens for block i, (B, T, kv width), or None: the base has none."""
+        """Value embeddings of the tokens for block i, (B, T, kv width), or None where it has none."""
+        table = self.value_table(i)
+        return None if table is None else self.embed(table, idx)
+
+    def value_table(self, i: int) -> nn.Embedding | None:
+        """Block i's value embeddings: the base has none."""
         return None
 
     def forward(self, idx, targets=None, widths=None, exits=None, cache=None, lengths=None, control=None, teacher=None,

@@ -149,9 +149,9 @@ class HybridGPT(GPT):
         self.gate.init_weights()
         self.predictor.init_weights()
 
-    def value(self, i, idx):
+    def value_table(self, i):
         key = str(i)
-        return self.embed(self.value_embeds[key], idx) if key in self.value_embeds else None
+        return self.value_embeds[key] if key in self.value_embeds else None
 
     def num_params(self):
         """Parameters by part: 'base' is what the base GPT of this width would have."""

@@ -82,7 +82,8 @@ def test_decoding_equals_the_parallel_form_with_the_same_decisions(hybrid):
 
         anew = controls(hybrid)
         planned = anew.plan([prompt])
-        decide = functools.partial(anew, [0], acts=torch.arange(text.size(1))[None] >= n)
+        anew.begin([0], None, None)
+        decide = functools.partial(anew, acts=torch.arange(text.size(1))[None] >= n)
         h = hybrid.hidden(text, planned.clone(), control=decide)
         assert anew.exits.tolist() == exits.tolist()
         assert (hybrid.logits(h) - logits).abs().max() <= 1e-4

@@ -27,9 +27,9 @@ def assert_close(got, want, dtype):
 
 def both(monkeypatch, run):
     """run() with the operators, which must have been called, and in the layers' PyTorch forms."""
-    called, operator = [], cpu_decode._operator
+    called, operator = [], cpu_decode.operator
     with torch.no_grad(), monkeypatch.context() as m:
-        m.setattr(cpu_decode, "_operator", lambda name, dtype: called.append(name) or operator(name, dtype))
+        m.setattr(cpu_decode, "operator", lambda name, dtype: called.append(name) or operator(name, dtype))
         ours = run()
         assert called
         m.setattr(cpu_decode, "library", lambda: None)

@@ -73,8 +73,9 @@ def claims(runs: list[dict]) -> list[dict]:
         claim(f"full compute answers at least {least} % of {d}", match("full", d), match("full", d) >= least,
               f"{match('full', d):.1f} %")
     claim("beyond: at least 60 % of those FLOPs saved", saved, saved >= 60, f"{saved:.1f} %")
-    wall = mean(r["wall"]["speedup"] for r in runs)
-    claim("beyond: 1.8x faster by wall-clock at batch 1", wall, wall >= 1.8, f"{wall:.2f}x")
+    wall, whole = (mean(r["wall"][k] for r in runs) for k in ("speedup", "whole_speedup"))
+    claim("beyond: generated tokens 1.8x faster by wall-clock at batch 1", wall, wall >= 1.8,
+          f"{wall:.2f}x behind the first token, whole answers {whole:.2f}x")
     gate = averaged([r["curves"]["gate"] for r in runs])
     rivals = {name: averaged([r["curves"][name] for r in runs]) for name in ("random", "change", "softmax")}
     rivals |= {"static width": static_curve(runs, ("width",)), "static depth": static_curve(runs, ("depth",)),
@@ -102,6 +103,7 @@ def summarize(runs: list[dict], settings: dict, quick: bool) -> dict:
         "flops_saved": 1 - mean(r["spent"]["generated"] for r in runs),
         "flops_saved_prompt_and_answer": 1 - mean(r["spent"]["all"] for r in runs),
         "wall_speedup": mean(r["wall"]["speedup"] for r in runs),
+        "wall_speedup_prompt_and_answer": mean(r["wall"]["whole_speedup"] for r in runs),
         "gate_loss": [mean(r["gate_first"]["loss"] for r in runs), mean(r["gate"]["loss"] for r in runs)],
         "ece": mean(r["gate"]["ece"] for r in runs),
         "mean_width": {d: mean(r["mean_width"][d] for r in runs) for d in DIFFICULTIES},
@@ -128,10 +130,11 @@ def markdown(report: dict) -> str:
     lines += ["", "## What adaptive compute does", "", "| | easy | medium | hard |", "|---|---|---|---|"]
     for what in ("mean_depth", "mean_width"):
         lines.append(f"| {what.replace('_', ' ')} | " + " | ".join(f"{report[what][d]:.2f}" for d in DIFFICULTIES) + " |")
-    wall = [mean(r["wall"][k] for r in runs) for k in ("full_ms", "auto_ms")]
+    wall = [mean(r["wall"][part][k] for r in runs) for k in ("full", "auto") for part in ("first_ms", "rest_ms")]
     lines += ["", f"FLOPs saved on generated tokens {100 * report['flops_saved']:.1f} %, on prompt and answer together "
-              f"{100 * report['flops_saved_prompt_and_answer']:.1f} %. An answer at batch 1 takes {wall[0]:.1f} ms at full "
-              f"compute, {wall[1]:.1f} ms adaptive.", "", "## The gate", "",
+              f"{100 * report['flops_saved_prompt_and_answer']:.1f} %. An answer at batch 1 takes {wall[0]:.2f} ms up to its "
+              f"first token and {wall[1]:.2f} ms behind it at full compute, {wall[2]:.2f} and {wall[3]:.2f} ms adaptive.", "",
+              "## The gate", "",
               "| seed | loss | Brier | base rate's | ECE | budget | threshold | observed risk | p |",
               "|---|---|---|---|---|---|---|---|---|"]
     for r in runs:

@@ -331,17 +331,25 @@ def spent(judge: Judge, traces: list[Trace]) -> dict:
 
 
 def wall_clock(engine: Engine, judge: Judge, encoder: Encoder, n: int) -> dict:
-    """Milliseconds per answer at batch 1 (medians), full and adaptive in turns, and the ratio of the sums of both."""
-    times = {None: [], "auto": []}
+    """
+    Batch 1, full and adaptive in turns: milliseconds per answer (medians), up to its first token and behind it; and full
+    over adaptive, sums of the whole answers and of what lies behind the first token.
+    """
+    times = {None: ([], []), "auto": ([], [])}
     for r in range(n + 3):
         prompt = judge.prompts[(r * 7) % len(judge.prompts)]
         for mode, taken in times.items():
             start = time.perf_counter()
-            list(engine.generate(prompt, 12, mode=mode, temperature=0, stop=(encoder.end,)))
+            answer = engine.generate(prompt, 12, mode=mode, temperature=0, stop=(encoder.end,))
+            next(answer, None)
+            first = time.perf_counter()
+            list(answer)
             if r >= 3:
-                taken.append(time.perf_counter() - start)
-    return {"full_ms": 1e3 * statistics.median(times[None]), "auto_ms": 1e3 * statistics.median(times["auto"]),
-            "speedup": sum(times[None]) / sum(times["auto"])}
+                taken[0].append(first - start), taken[1].append(time.perf_counter() - first)
+    ms = {mode or "full": [1e3 * statistics.median(part) for part in taken] for mode, taken in times.items()}
+    full, auto = ([sum(part) for part in taken] for taken in times.values())
+    return {"first_ms": {k: v[0] for k, v in ms.items()}, "rest_ms": {k: v[1] for k, v in ms.items()},
+            "speedup": full[1] / auto[1], "whole_speedup": sum(full) / sum(auto)}
 
 
 def static_grid(judge: Judge) -> dict:

@@ -87,7 +87,7 @@ template <class A, class B> inline float dot(int64_t n, const A* a, const B* b) 
 
 // Memory of the calling thread that stays for its next call: one piece per slot, 64 bytes aligned, contents undefined.
 template <class T> T* scratch(int slot, int64_t count) {
-    static thread_local std::vector<char> memory[8];
+    static thread_local std::vector<char> memory[12];
     auto& m = memory[slot];
     if (m.size() < count * sizeof(T) + 64) m.resize(count * sizeof(T) + 64);
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(m.data()) + 63) & ~uintptr_t(63));
@@ -510,6 +510,117 @@ void replay(const T* projected, T* conv_state, float* ssm_state, const int64_t* 
     }
 }
 
+// --- a run of blocks -------------------------------------------------------------------------------------------------
+
+// What a block brings to a run of them: weights, the memory behind the tokens so far, and the level of its attention and
+// MLP. Every member is one 64-bit word, in the order of cpu_decode.BlockRun; those of the other kind of block are unused.
+template <class T> struct Block {
+    int64_t mamba, d;
+    const T *fc, *proj;
+    const T *wq, *wk, *wv, *wo, *gate, *table;  // gate and table, the value embeddings, may be null
+    T *keys, *values;
+    const int16_t* heads;
+    const T *in_proj, *out_proj;
+    const float *conv_w, *conv_b, *dt_bias, *A_log, *D, *norm_w;
+    T* projected;                               // null: nobody records it
+    const T* conv_before;
+    T* conv_after;
+    const float* ssm_before;
+    float* ssm_after;
+};
+struct Sizes {  // what all blocks have in common
+    int64_t D, top, hd, group, gate_in, table_stride, row_stride, head_stride, length;
+    int64_t d_inner, H, N, G, K, conv_stride, ssm_stride;
+};
+// The confidence gate, in fp32: `point` and `proj` have a row for each exit point; points[i] is its number behind i blocks,
+// or -1.
+struct Gate {
+    const float *fc, *point, *proj, *bias;
+    const int64_t* points;
+    int64_t hidden;
+};
+
+// ConfidenceGate.forward for one token's state x (D), and the sigmoid.
+template <class P, class T = typename P::Stored>
+float confidence(const Gate& gate, int64_t point, const T* x, int64_t D, float d_ref, float eps) {
+    constexpr int64_t PEAK = 3;
+    T* normed = scratch<T>(8, D);
+    norm<P>(x, normed, 1, D, d_ref, eps);
+    float *wide = scratch<float>(9, D), *u = scratch<float>(10, gate.hidden);
+    for (int64_t i = 0; i < D; i++) wide[i] = widen(normed[i]);
+    linear<Fp32>(wide, gate.fc, u, 1, D, gate.hidden, D, D);
+    float first = -INFINITY, second = -INFINITY;
+    for (int64_t j = 0; j < gate.hidden; j++) {
+        u[j] += gate.point[point * gate.hidden + j];
+        second = std::max(second, std::min(first, u[j]));
+        first = std::max(first, u[j]);
+    }
+    float total = 0;
+    for (int64_t j = 0; j < gate.hidden; j++) total += std::exp(u[j] - first);
+    const float likeliest = std::min(-std::log(total), -1e-6f);
+    const float *w = gate.proj + point * (PEAK + gate.hidden);
+    float logit = gate.bias[point] + w[0] * likeliest + w[1] * std::log(-std::expm1(likeliest)) + w[2] * (first - second);
+    for (int64_t j = 0; j < gate.hidden; j++) {
+        const float r = std::max(u[j], 0.0f);
+        logit += w[PEAK + j] * r * r;
+    }
+    return 1 / (1 + std::exp(-logit));
+}
+
+// x (n, D) += y (n, d)
+template <class T> void add(T* x, const T* y, int64_t n, int64_t D, int64_t d) {
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t i = 0; i < d; i++) put(x + r * D + i, widen(x[r * D + i]) + widen(y[r * d + i]));
+}
+
+// The blocks from `first` up to `last` for n tokens, `tokens` in a row: x (n, D) is updated in place, or, if write_only, the
+// blocks only write their memory of it. With a gate (and one token) the run ends at the first exit point at which there is
+// something to decide: the gate is surer than `leave`, or, past half of all `count` blocks, less sure than `expand`. reached
+// (2): how many blocks are done then, and whether there is; sure: the gate's answer where it was last asked.
+template <class P, class T = typename P::Stored>
+void blocks(const Block<T>* all, const Sizes* sizes, T* x, const int64_t* ids, const float* cos, const float* sin,
+            const int64_t* row, const int64_t* position, const Gate* gate, int64_t* reached, float* sure, int64_t n,
+            int64_t tokens, int64_t first, int64_t last, int64_t count, int64_t rope_rows, int64_t write_only, float leave,
+            float expand, float d_ref, float eps, float mixer_eps) {
+    const Sizes& s = *sizes;
+    const int64_t width = 2 * s.d_inner + 2 * s.G * s.N + s.H;
+    for (int64_t i = first; i < last; i++) {
+        const Block<T>& b = all[i];
+        T* y = write_only ? nullptr : scratch<T>(7, n * s.D);
+        if (b.mamba) {
+            T* u = scratch<T>(8, n * s.D);
+            norm<P>(x, u, n, s.D, d_ref, eps);
+            T* projected = b.projected ? b.projected : scratch<T>(9, n * width);
+            mamba<P>(u, b.in_proj + (write_only ? s.d_inner * s.D : 0), b.out_proj, y, projected, b.conv_before, b.conv_after,
+                     b.ssm_before, b.ssm_after, b.conv_w, b.conv_b, b.dt_bias, b.A_log, b.D, b.norm_w, n, tokens, s.D,
+                     s.d_inner, s.H, s.N, s.G, s.K, s.D, s.conv_stride, s.ssm_stride, write_only, mixer_eps);
+        } else {
+            const T* value = nullptr;
+            if (b.gate) {
+                T* rows = scratch<T>(8, n * s.table_stride);
+                for (int64_t r = 0; r < n; r++)
+                    std::copy_n(b.table + ids[r] * s.table_stride, s.table_stride, rows + r * s.table_stride);
+                value = rows;
+            }
+            attention<P>(x, y, b.wq, b.wk, b.wv, b.wo, b.gate, value, cos, sin, b.keys, b.values, b.heads, row, position, n,
+                         b.d, s.D, s.top, s.hd, s.group, s.gate_in, s.table_stride, rope_rows, s.row_stride, s.head_stride,
+                         s.length, write_only, d_ref, eps);
+        }
+        if (write_only) continue;
+        add(x, y, n, s.D, b.mamba ? s.D : b.d);
+        mlp<P>(x, b.fc, b.proj, y, n, b.d, 4 * b.d, s.D, s.top, 4 * s.top, d_ref, eps);
+        add(x, y, n, s.D, b.d);
+        if (gate && i + 1 < count && gate->points[i + 1] >= 0) {
+            *sure = confidence<P>(*gate, gate->points[i + 1], x, s.D, d_ref, eps);
+            if (*sure > leave || (2 * (i + 1) > count && *sure < expand)) {
+                reached[0] = i + 1, reached[1] = 1;
+                return;
+            }
+        }
+    }
+    reached[0] = last, reached[1] = 0;
+}
+
 }  // namespace
 
 // Each operator once per type of weights. The names stand for pointers to functions, which spares a second list of their
@@ -525,3 +636,4 @@ EXPORT(mlp)
 EXPORT(attention)
 EXPORT(mamba)
 EXPORT(replay)
+EXPORT(blocks)
