@@ -1,0 +1,149 @@
+"""Runs of blocks in one compiled call: the same as block after block, and the gate that stops them as the model's own."""
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import randomize
+from test_confidence_probe import PROMPTS, answer
+from test_cpu_decode import MODELS, needs_compiler
+
+from nanochat import block_run
+from nanochat.block_run import BlockRun
+from nanochat.cache import MatryoshkaKVCache
+from nanochat.checkpoint_manager import build_model
+from nanochat.engine import prepare_inference
+from nanochat.matryoshka import norm
+
+pytestmark = needs_compiler
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def prepared(kind="hybrid", dtype=torch.float32):
+    model = randomize(build_model(MODELS[kind]))
+    prepare_inference(model, "cpu", dtype)
+    return model
+
+
+def one_by_one(monkeypatch):
+    """From here on blocks run one after another, with their layers' own operators."""
+    monkeypatch.setattr(BlockRun, "takes", lambda *_: False)
+
+
+def memory(cache):
+    return [t for v in cache.views for t in ((v.k, v.v) if hasattr(v, "k") else (v.state.conv_state, v.state.ssm_state))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_run_is_its_blocks_to_the_last_bit(kind, dtype, monkeypatch):
+    """Every block at a level of its own, several rows, exits whose memory is written later, a draft taken back."""
+    model = prepared(kind, dtype)
+    levels, n = model.config.levels, model.config.n_block
+    widths = torch.tensor([levels[i % len(levels)] for i in range(n)])
+    calls, run = [], BlockRun._run
+    monkeypatch.setattr(BlockRun, "_run", lambda self, *a, **k: calls.append(a[:2]) or run(self, *a, **k))
+
+    def decode():
+        g, out, cache = torch.Generator().manual_seed(3), [], MatryoshkaKVCache(model, 2, 40)
+        for T, depth in ((6, n), (1, n), (1, 1), (1, 1), (3, n), (1, n)):
+            idx = torch.randint(300, (2, T), generator=g)
+            out.append(model(idx, widths=widths.expand(2, -1), exits=torch.full((2, T), depth), cache=cache))
+        if kind == "hybrid":
+            cache.checkpoint()
+            model(torch.randint(300, (2, 4), generator=g), cache=cache)
+            cache.truncate([14, 15])
+        return torch.cat(out, 1), memory(cache)
+    got, its = decode()
+    assert (0, n) in calls and (1, n) in calls  # whole passes, and the memory that exits owed
+    one_by_one(monkeypatch)
+    calls.clear()
+    want, theirs = decode()
+    assert not calls and torch.equal(got, want) and all(map(torch.equal, its, theirs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gate_on_the_way_is_the_models(hybrid, dtype):
+    """Bars that stop a run at every exit point, at none, and, for expansion, only past half; what it says there."""
+    model = hybrid
+    prepare_inference(model, "cpu", dtype)
+    c, points, near = model.config, model.config.exit_points, 1e-5 if dtype == torch.float32 else 2e-2
+    idx, seen = torch.tensor([[7]]), []
+
+    def ahead(bar):
+        cache = MatryoshkaKVCache(model, 1, 8)
+        rope = cache.begin(1)
+        x = norm(model.embed(model.transformer.wte, idx), c.d_ref, c.norm_eps)
+        levels = [c.levels[1]] * c.n_block
+        run = cache.compiled_run(x, levels)
+        return run.ahead(0, c.n_block, idx, x, levels, rope, cache, bar)[1:]
+
+    def look(i, x, exits, levels):
+        seen.append(float(torch.sigmoid(model.gate(norm(x, c.d_ref, c.norm_eps), points.index(i)))))
+        return exits, levels
+    model.hidden(idx, c.levels[1], cache=MatryoshkaKVCache(model, 1, 8), control=look)
+    late = next(p for p in points if 2 * p > c.n_block)
+    assert len(points) == 2 and late == points[1]
+    for bar, where, decided, said in (((0.0, 0.0), points[0], True, seen[0]),  # everybody leaves
+                                      ((1.0, 1.0), late, True, seen[1]),  # nobody leaves, everybody is unsure
+                                      ((1.0, 0.0), c.n_block, False, seen[1])):
+        i, asked, sure = ahead(bar)
+        assert (i, asked) == (where, decided) and abs(sure - said) < near
+
+
+@torch.no_grad()
+def test_answers_in_mode_auto_are_the_same_either_way(hybrid, monkeypatch):
+    """Tokens, depths and widths; exits and expansions both occur."""
+    prepare_inference(hybrid, "cpu", torch.float32)
+    got = [answer(hybrid, [prompt], 20) for prompt in PROMPTS]
+    steps = [(step, trace.widths) for _, (trace,) in got for step in trace.steps]
+    assert len({d for (d, _), _ in steps}) > 2 and any(w != planned for (_, w), planned in steps)
+    one_by_one(monkeypatch)
+    assert [answer(hybrid, [prompt], 20) for prompt in PROMPTS] == got
+
+
+@torch.no_grad()
+def test_weights_that_moved_are_found(monkeypatch):
+    """Between two answers: other memory, another parameter, another dtype; what cannot be read is left to the layers."""
+    model, idx = prepared(), torch.tensor([[3, 4, 5]])
+
+    def logits():
+        return model(idx, cache=MatryoshkaKVCache(model, 1, 8))
+    first, block = logits(), model.transformer.h[0]
+    assert model in block_run._runs and BlockRun.of(model).able
+    block.mlp.c_fc.weight.data = block.mlp.c_fc.weight.data * 0
+    without = logits()
+    assert not torch.equal(first, without)
+    block.mlp.c_fc.weight = torch.nn.Parameter(torch.ones_like(block.mlp.c_fc.weight), requires_grad=False)
+    assert not torch.equal(without, logits())
+    block.mlp.c_fc.weight.data = block.mlp.c_fc.weight.data.mT.contiguous().mT
+    assert not BlockRun.of(model).able
+    want = logits()
+    block.mlp.c_fc.weight.data = block.mlp.c_fc.weight.data.contiguous()
+    assert BlockRun.of(model).able
+    torch.testing.assert_close(logits(), want, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_two_caches_of_a_model_keep_apart():
+    """Their tokens come in turns, at different widths."""
+    model, idx = prepared(), torch.randint(300, (1, 6), generator=torch.Generator().manual_seed(1))
+    caches = {mode: MatryoshkaKVCache(model, 1, 8) for mode in ("ghost", "think")}
+    got = {mode: [] for mode in caches}
+    for t in range(6):
+        for mode, cache in caches.items():
+            got[mode].append(model(idx[:, t:t + 1], widths=mode, cache=cache))
+    for mode, parts in got.items():
+        torch.testing.assert_close(torch.cat(parts, 1), model(idx, widths=mode), atol=1e-4, rtol=0)
+
+
+def test_a_model_wider_than_its_blocks_levels():
+    """A grown model, whose residual stream is wider than the base's, and an extracted one, whose top is narrower."""
+    for config in (MODELS["grown"], replace(MODELS["hybrid"], top_width=32)):
+        model = randomize(build_model(config))
+        prepare_inference(model, "cpu", torch.float32)
+        idx = torch.randint(300, (2, 5), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            torch.testing.assert_close(model(idx, cache=MatryoshkaKVCache(model, 2, 8)), model(idx), atol=1e-4, rtol=0)
+            assert BlockRun.of(model).able
