@@ -8,6 +8,7 @@ import math
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -322,7 +323,7 @@ class Run:
                                          f"rates; the checkpoints in {self.folder} are from before")
                     saver.save(step, model, optimizers, {
                         "settings": self.settings, "figures": figures, "kind": ckpt.model_kind(model.config),
-                        "model_config": model.config.__dict__}, {"loader": loader.state(), "rng": _rng()})
+                        "model_config": asdict(model.config)}, {"loader": loader.state(), "rng": _rng()})
                     saved = step
                     monitor.draw()
                 if stopping and not last:

@@ -12,9 +12,9 @@ and the gate of mode auto.
     python -m scripts.fractal_train --checkpoint \
         $NANOCHAT_BASE_DIR/fractal_checkpoints/d4_256_unfrozen --controls
 
-Each step runs a full pass (teacher, cross-entropy) and, with --matryoshka, narrow passes (students) that learn the
-teacher's distribution at sampled widths and exits, while the gate looks on. With --controls the model stays as it is, and
-gate and predictor learn on the passes that they decide themselves. The result is model.pt, optim.pt, config.json and
+Each step is a full pass and, with --matryoshka, a narrow one at sampled widths and exits: --recipe says of which rows, and
+whether the narrow pass learns from the text or from the full one. With --controls the model stays as it is, and gate and
+predictor learn on the passes that they decide themselves. The result is model.pt, optim.pt, config.json and
 tokenizer/ in fractal_checkpoints/<tag>_<width>[_unfrozen][_auto]/ under NANOCHAT_BASE_DIR, beside the step_N/ folders that
 the same command resumes from, on any number of processes.
 """
@@ -65,13 +65,15 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
     p.add_argument("--unfreeze", action="store_true", help="train everything instead, at --lr-scale times the rates")
     p.add_argument("--lr-scale", type=float, default=None,
                    help="multiplies every learning rate (default: 1; 0.3 with --unfreeze)")
-    p.add_argument("--matryoshka", action="store_true", help="also train narrow widths, by distillation from the full pass")
+    p.add_argument("--matryoshka", action="store_true", help="also train narrow widths")
     p.add_argument("--sample-dim", action="store_true",
                    help="sample one width per block and step, instead of a pass at every level in every step")
     p.add_argument("--dim-levels", default=None,
                    help="the widths that narrow passes learn, such as 128,512,1024 (default: all levels of the model)")
-    p.add_argument("--recipe", choices=list(RECIPES), default="both",
-                   help="; ".join(f"{k}: {v}" for k, v in RECIPES.items()) + " (default: both)")
+    p.add_argument("--recipe", choices=list(RECIPES), default=None,
+                   help="; ".join(f"{k}: {v}" for k, v in RECIPES.items()) + " (default: split, the best at equal compute; "
+                        "both without --sample-dim, with --draft-exit, or with a --device-batch-size of 1, where split "
+                        "cannot be)")
     p.add_argument("--student-every", type=int, default=4, help="of --recipe every (default: 4)")
     p.add_argument("--draft-exit", type=int, default=None, metavar="BLOCKS",
                    help="also teach the full width what the whole model says already after so many blocks: good drafts "
@@ -95,6 +97,9 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
                          "--unfreeze")
     if args.predictor != "value" and not args.controls:
         raise ValueError("--predictor has no effect without --controls: add it, or drop --predictor")
+    given = {k for k, v in vars(args).items() if v != p.get_default(k)}
+    if args.recipe is None:
+        args.recipe = "split" if args.sample_dim and args.draft_exit is None and args.device_batch_size != 1 else "both"
     if args.recipe not in TAUGHT and args.matryoshka and not args.sample_dim:
         raise ValueError(f"--recipe {args.recipe} has passes at sampled widths only: add --sample-dim")
     if args.recipe == "split" and args.matryoshka and args.device_batch_size == 1:
@@ -106,7 +111,6 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
                          f"or choose --recipe {', '.join(r for r in RECIPES if r in TAUGHT)}")
     if args.student_every < 1:
         raise ValueError(f"--student-every is {args.student_every}; it must be at least 1")
-    given = {k for k, v in vars(args).items() if v != p.get_default(k)}
     if args.lr_scale is None:
         args.lr_scale = 0.3 if args.unfreeze else 1.0
     for name in ("lr_scale", "energy_lambda"):
@@ -196,7 +200,8 @@ def main(argv=None):
            "if everything were trained" + (f"; the old entries of {len(boxes)} tensors stay as they are" if boxes else ""))
     if args.num_iterations < 0:
         args.num_iterations = max(1, round(20 * trained / args.total_batch_size))
-    print0(f"steps {args.num_iterations:,}; levels {', '.join(map(str, levels or config.levels))}")
+    print0(f"steps {args.num_iterations:,}; levels {', '.join(map(str, levels or config.levels))}"
+           + (f"; a step is {RECIPES[args.recipe]}" if args.matryoshka else ""))
     args.data = args.data or default_data(device.type)
     # an export of what is trained reads no text, but for the controls' prices
     data = None if args.export and not args.controls else distributed.first_alone(lambda: prepare_mixture(args.data))

@@ -17,10 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nanochat.distributed import gradient_norm, make_mesh, reduce_whole, shard_model
-from nanochat.elastic_step import ElasticStep, random_splits
+from nanochat.elastic_step import ElasticStep
 from nanochat.hybrid_gpt import HybridConfig
-from nanochat.loss_eval import sample_students
-from nanochat.matryoshka import cost_table
 from nanochat.memory_trace import CATEGORIES, MemoryTrace, traced
 from nanochat.optim import setup_optimizers
 from nanochat.training import shares
@@ -56,21 +54,6 @@ def set_rank(rank: int, world: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
 
 
-def dearest_students(model, rows: int, world: int, draws: int = 200) -> list:
-    """Of many draws of student passes the one with the most FLOPs: a step that takes as much memory as any, or nearly."""
-    c, generator = model.config, torch.Generator().manual_seed(0)
-    table, _ = cost_table(model, c.sequence_len / 2)
-    levels, best = torch.tensor(c.levels), (-1.0, [])
-    for _ in range(draws):
-        splits = random_splits(rows * world, c.sequence_len, generator)
-        students = sample_students(c, rows, c.sequence_len, splits, generator, rank=0, world=world)
-        flops = sum(float(table[torch.arange(c.n_block), torch.searchsorted(levels, torch.as_tensor(s.widths).contiguous())]
-                          .sum(-1).mean()) for s in students)
-        if flops > best[0]:
-            best = flops, students
-    return best[1]
-
-
 def prepare_step(stage, mesh, rows: int, dtype: torch.dtype, world: int):
     """(one optimizer step on random tokens, as Run.train makes it; the optimizers) of a stage's model on the meta device."""
     model = stage.model
@@ -79,8 +62,7 @@ def prepare_step(stage, mesh, rows: int, dtype: torch.dtype, world: int):
     optimizers = setup_optimizers(model, frozen=stage.boxes)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randint(model.config.vocab_size, (2, rows, model.config.sequence_len), generator=generator)
-    backward, students = ElasticStep(model, seed=0, steps=1, recipe="both"), dearest_students(model, rows, world)
-    backward._students = lambda *_: students
+    backward = ElasticStep(model, seed=0, steps=1, recipe="split")
 
     def step():
         backward(0, x, y, shares([(x, y)])[0])

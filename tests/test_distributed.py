@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 
@@ -203,7 +204,7 @@ def home(tmp_path_factory):
     for i in range(40):
         (home / "docs" / f"{i}.txt").write_text(text[i * 1000:(i + 1) * 1000])
     tokenizer = Tokenizer.train_from_iterator([text[:50000]], 300)
-    config = HybridConfig(**ranks.TINY.__dict__ | {"vocab_size": 300})
+    config = replace(ranks.TINY, vocab_size=300)
     ckpt.save_export(home / "hybrid_checkpoints" / "t_32", randomize(ckpt.build_model(config)), tokenizer, {"tag": "t"})
     return home
 

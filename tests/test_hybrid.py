@@ -1,4 +1,6 @@
 """The hybrid: sizes, exact insertion, cached decode, slices, and its configuration's errors."""
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import language_parameters
@@ -88,7 +90,7 @@ def test_the_mixer_is_never_sliced(hybrid, tokens):
 ])
 def test_sizes_that_do_not_divide_are_refused(hybrid_config, change, words):
     with pytest.raises(ValueError, match=words):
-        HybridConfig(**{**hybrid_config.__dict__, **change})
+        replace(hybrid_config, **change)
 
 
 @pytest.mark.parametrize("width", [64, 128, 192, 256, 512, 768, 1280, 2048])
