@@ -6,6 +6,7 @@ Widths are nested (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147): width d 
 first d / head_dim heads and the first 4 d hidden units, so that every smaller model is a corner of the larger one.
 The sliced matrices are multiplied, never masked full ones: matrix-product FLOPs fall as (d / D)^2.
 """
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -429,6 +430,9 @@ def cost_table(model, context: float) -> tuple[torch.Tensor, float]:
     return table, parts["static"].flops + parts["head"].flops
 
 
+_token_tables = weakref.WeakKeyDictionary()  # a model's costs do not change, and every answer asks for them
+
+
 def token_flops(model, depth: torch.Tensor, widths: torch.Tensor, context: torch.Tensor,
                 per_point: float = 0.0) -> torch.Tensor:
     """
@@ -437,13 +441,16 @@ def token_flops(model, depth: torch.Tensor, widths: torch.Tensor, context: torch
     per_point: FLOPs of a decision at each exit point that a token reaches.
     """
     blocks, levels = model.transformer.h, model.config.levels
-    base, one = (torch.tensor([[[sum(c.flops for c in block_cost(block, d, n, exited)) for exited in (False, True)]
-                                for d in levels] for block in blocks], dtype=torch.float64) for n in (0, 1))
+    if model not in _token_tables:
+        base, one = (torch.tensor([[[sum(c.flops for c in block_cost(block, d, n, exited)) for exited in (False, True)]
+                                    for d in levels] for block in blocks], dtype=torch.float64) for n in (0, 1))
+        _token_tables[model] = base, one - base, model.cost()["head"].flops
+    base, more, head = _token_tables[model]
     b = torch.arange(len(blocks))
     at = b, torch.searchsorted(torch.tensor(levels), widths.contiguous()), (b >= depth[:, None]).long()
-    spent = base[at] + (one - base)[at] * context[:, None]  # a token's cost is linear in its context
+    spent = base[at] + more[at] * context[:, None]  # a token's cost is linear in its context
     points = (depth[:, None] >= torch.tensor(model.config.exit_points)).sum(1) if per_point else 0
-    return spent.sum(1) + model.cost()["head"].flops + per_point * points
+    return spent.sum(1) + head + per_point * points
 
 
 def energy(choice: torch.Tensor, table: torch.Tensor, fixed: float = 0.0) -> torch.Tensor:

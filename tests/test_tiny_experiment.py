@@ -77,7 +77,7 @@ def trained(encoder):
     return model
 
 
-def test_judging_equals_generating(encoder):
+def test_judging_equals_generating(encoder, monkeypatch):
     """On answers that the model gives itself, so that they are right by definition; costs are those of the traces."""
     model = trained(encoder)
     prompts = draw_many(0, 24, "test")
@@ -95,7 +95,8 @@ def test_judging_equals_generating(encoder):
         def answer(self, instance):
             return out[prompts.index(instance)]
     judge = run.Judge(model, Own(encoder.tokenizer), prompts)
-    result = judge(control=control())
+    monkeypatch.setattr(run.Judge, "PIECE", 10)
+    result = judge(control=lambda _: control())
     assert result["right"].all()
     flops = [trace.flops(model)["generated"] for trace in engine.traces]
     torch.testing.assert_close(result["flops"], torch.tensor(flops, dtype=torch.float64))

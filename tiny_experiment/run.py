@@ -4,11 +4,13 @@ Trains a small hybrid on the tasks, then its controls, calibrates them, and meas
 The training step is the package's: a full pass (teacher, cross-entropy), a narrow pass at sampled widths and exits that
 learns the teacher's distribution, then, on the finished model, gate and predictor. Only answers are supervised.
 """
+import itertools
 import math
 import os
 import statistics
 import tempfile
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,7 +52,7 @@ class Settings:
     steps: int = 1100
     students_from: int = 250  # the step from which narrow passes learn, from a teacher that is worth it by then
     rows: int = 128
-    pieces: int = 4
+    pieces: int = 2
     control_steps: int = 300
     control_rows: int = 128
     calibration: int = 4500  # a fifth of them says what to test
@@ -79,12 +81,21 @@ def make_model(encoder: Encoder, seed: int):
 
 
 def pieces_of(instances: list, s: Settings) -> list[tuple[int, list]]:
-    """(number, instances) of this process's pieces; the longest goes with the shortest, so that processes wait little."""
-    instances = sorted(instances, key=lambda i: len(i.prompt) + len(i.answer))
-    n = len(instances) // s.pieces
-    pieces = [(k, instances[k * n:(k + 1) * n]) for k in range(s.pieces)]
+    """
+    (number, instances) of this process's pieces: instances of like length, padded of about the same size, so that processes
+    wait little.
+    """
+    lengths, instances = zip(*sorted(((len(i.prompt) + len(i.answer), i) for i in instances), key=lambda p: -p[0]))
+
+    def cut(most):  # into pieces of at most so many characters, padding included
+        at = [0]
+        for k in range(1, len(lengths)):
+            if (k + 1 - at[-1]) * lengths[at[-1]] > most:
+                at.append(k)
+        return [*at, len(lengths)]
+    most = bisect_left(range(sum(lengths) * s.pieces), True, key=lambda most: len(cut(most)) <= s.pieces + 1)
     rank, world = get_rank()
-    return [p for p in pieces if min(p[0], s.pieces - 1 - p[0]) % world == rank]
+    return [(k, list(instances[i:j])) for k, (i, j) in enumerate(itertools.pairwise(cut(most))) if k % world == rank]
 
 
 def finish_step(model, optimizers) -> None:
@@ -106,7 +117,7 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
         for k, piece in pieces_of(instances, s):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * s.pieces + k)
             x, y, starts = encoder.batch(piece)
-            expanding = len(x) if k == step % s.pieces else 0  # a quarter of all rows, in one pass
+            expanding = len(x) if k == step % 4 else 0  # a quarter of all rows on average, whole passes at a time
             students = [] if step < s.students_from else sample_students(model.config, len(x), x.size(1), starts - 1,
                                                                          generator, expanding)
             count = int((y >= 0).sum())
@@ -202,28 +213,50 @@ class Judge:
         self.answer = self.y >= 0
         self.difficulty = {d: torch.tensor([i.difficulty == d for i in instances]) for d in DIFFICULTIES}
 
+    PIECE = 450  # instances in a pass, of like length: padding costs as much as text, and what a cache holds is faster
+
     @torch.no_grad()
     def __call__(self, widths=None, depth: int | torch.Tensor | None = None, control=None, extra: float = 0.0) -> dict:
         """
-        widths: see GPT.hidden. depth: of the tokens that generate, a number or (B, T). control: Controls that decide both.
-        extra: FLOPs per token and exit point of a score that is not the gate's. Returns 'right' (n,) bool, 'flops' and
-        'full_flops' of the generating passes (n,), 'depth' (B, T) and 'widths' as planned (n, n_block).
+        widths: see GPT.hidden. depth: of the tokens that generate, a number or (B, T). control: makes the Controls that
+        decide both, given the tokens of a pass (some rows, T). extra: FLOPs per token and exit point of a score that is not
+        the gate's. Returns 'right' (n,) bool, 'flops' and 'full_flops' of the generating passes (n,), 'depth' (B, T) and
+        'widths' as planned (n, n_block).
         """
+        (n, T), c = self.x.shape, self.model.config
+        out = {"right": torch.empty(n, dtype=torch.bool), "depth": torch.full((n, T), c.n_block),
+               "widths": torch.empty(n, c.n_block, dtype=torch.long), "flops": torch.empty(n, dtype=torch.float64),
+               "full_flops": torch.empty(n, dtype=torch.float64)}
+        if not isinstance(widths, torch.Tensor):
+            widths = torch.tensor(self.model.resolve_widths(widths)).expand(n, -1)
+        depth = torch.as_tensor(c.n_block if depth is None else depth).expand(n, T)
+        ends = T - self.answer.flip(1).int().argmax(1)
+        for rows in ends.argsort(stable=True).split(self.PIECE):
+            t = int(ends[rows].max())
+            for name, value in self._pass(rows, t, widths[rows], depth[rows, :t], control, extra).items():
+                if name == "depth":
+                    out[name][rows, :t] = value
+                else:
+                    out[name][rows] = value
+        return out
+
+    def _pass(self, rows, t, widths, depth, control, extra) -> dict:
+        """Likewise for some of the instances, whose texts end by position t."""
         model, n_block = self.model, self.model.config.n_block
-        at, (row, place) = self.answer, self.answer.nonzero(as_tuple=True)
+        x, y, behind, at = (tensor[rows, :t] for tensor in (self.x, self.y, self.behind, self.answer))
+        row, place = at.nonzero(as_tuple=True)
         if control is not None:
-            h, widths = control.parallel(self.x, self.prompts, self.behind)
+            control = control(x)
+            h, widths = control.parallel(x, [self.prompts[r] for r in rows.tolist()], behind)
             exits, flops = control.exits, control.flops(at, extra or None)
         else:
-            exits = torch.where(self.behind, torch.as_tensor(n_block if depth is None else depth), n_block)
-            if not isinstance(widths, torch.Tensor):
-                widths = torch.tensor(model.resolve_widths(widths)).expand(len(self.instances), n_block)
-            h = model.hidden(self.x, widths, exits)
+            exits = torch.where(behind, depth, n_block)
+            h = model.hidden(x, widths, exits)
             flops = token_flops(model, exits[at], widths[row], place + 1)
-        right = ((model.logits(h).argmax(-1) == self.y) | ~self.answer).all(1)
+        right = ((model.logits(h).argmax(-1) == y) | ~at).all(1)
         full = token_flops(model, torch.full_like(row, n_block), torch.full_like(widths[row], model.config.top_width),
                            place + 1)
-        each = torch.zeros(2, len(self.instances), dtype=torch.float64).index_add_(1, row, torch.stack((flops, full)))
+        each = torch.zeros(2, len(rows), dtype=torch.float64).index_add_(1, row, torch.stack((flops, full)))
         return {"right": right, "depth": exits, "widths": widths, "flops": each[0], "full_flops": each[1]}
 
     def summary(self, result: dict) -> dict:
@@ -267,7 +300,7 @@ def calibrate_answers(tuning: Judge, judge: Judge, delta: float) -> tuple[dict, 
 
     def run(judge, full, budget, threshold):
         at = calibrated_thresholds(threshold, model.config)
-        result = judge(control=Controls(model, budget, **at, calibration={"prices": prices}))
+        result = judge(control=lambda _: Controls(model, budget, **at, calibration={"prices": prices}))
         return (full & ~result["right"]).float(), float(result["flops"].sum())
     full = [j()["right"] for j in (tuning, judge)]
     path = tune(model, lambda *setting: run(tuning, full[0], *setting), 3 * delta)
@@ -371,19 +404,21 @@ def curves(judge: Judge, calibration: dict) -> dict:
     model, c = judge.model, judge.model.config
     head = 2 * c.n_embd * c.vocab_size
 
+    def controls(t, score=lambda _: None):
+        return lambda x: Controls(model, calibration["budget"], t, 0.0, calibration, score(x))
+
     def sweep(score, extra, thresholds):
-        return [judge.summary(judge(control=Controls(model, calibration["budget"], t, 0.0, calibration, score), extra=extra))
-                | {"threshold": t} for t in thresholds]
+        return [judge.summary(judge(control=controls(t, score), extra=extra)) | {"threshold": t} for t in thresholds]
     out, g = {"gate": [], "random": []}, torch.Generator().manual_seed(0)
     for t in THRESHOLDS:
-        result = judge(control=Controls(model, calibration["budget"], t, 0.0, calibration))
+        result = judge(control=controls(t))
         out["gate"].append(judge.summary(result) | {"threshold": t})
         depths = result["depth"][judge.answer]
         drawn = torch.full_like(judge.x, c.n_block)
         drawn[judge.answer] = depths[torch.randint(len(depths), (len(depths),), generator=g)]
         out["random"].append(judge.summary(judge(result["widths"], drawn)) | {"threshold": t})
-    out["softmax"] = sweep(softmax_score(model), head, (1.0, 0.9999, 0.999, 0.99, 0.97, 0.9, 0.8, 0.65, 0.5))
-    out["change"] = sweep(change_score(model, judge.x), 3 * c.n_embd, [i / 20 for i in range(18, 2, -2)])
+    out["softmax"] = sweep(lambda _: softmax_score(model), head, (1.0, 0.9999, 0.999, 0.99, 0.97, 0.9, 0.8, 0.65, 0.5))
+    out["change"] = sweep(lambda x: change_score(model, x), 3 * c.n_embd, [i / 20 for i in range(18, 2, -2)])
     return out
 
 
