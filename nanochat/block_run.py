@@ -26,50 +26,58 @@ class BlockRun:
     """
     def __init__(self, model):
         c = self.config = model.config
-        self.blocks, self.words, self.places = model.transformer.h, array("q"), []
-        sizes = dict.fromkeys(SIZES, 0) | {"D": c.n_embd, "top": c.top_width}
+        self.blocks, self.words, self.found, self.parameters = model.transformer.h, array("q"), [], []
         self.dtype, self.able = self.blocks[0].mlp.c_fc.weight.dtype, True
+        sizes = dict.fromkeys(SIZES, 0) | {"D": c.n_embd, "top": c.top_width}
 
-        def place(module, name="weight", dtype=self.dtype):
-            p = getattr(module, name)
-            plain = type(p) in (torch.nn.Parameter, torch.Tensor) and p.device.type == "cpu" and p.is_contiguous()
-            self.able &= plain and p.dtype == dtype  # a sharded one, for instance, is not
-            self.places.append((module._parameters, name))
-            return p.data_ptr() if plain else 0
+        def place(root, path, dtype=self.dtype):
+            for name in path.split("."):
+                owner = root._modules if name in root._modules else root._parameters
+                root = owner[name]
+                self.found.append((owner, name, root))
+            plain = type(root) in (torch.nn.Parameter, torch.Tensor) and root.device.type == "cpu" and root.is_contiguous()
+            self.able &= plain and root.dtype == dtype  # a sharded one, for instance, is not
+            self.parameters.append(root)
+            return root.data_ptr() if plain else 0
         for i, block in enumerate(self.blocks):
             words = [0] * WORDS
-            words[2:4] = place(block.mlp.c_fc), place(block.mlp.c_proj)
+            words[2:4] = [place(block, f"mlp.{name}.weight") for name in ("c_fc", "c_proj")]
             if block.kind == "attention":
                 attn, table = block.attn, model.value_table(i)
-                words[4:8] = [place(m) for m in (attn.c_q, attn.c_k, attn.c_v, attn.c_proj)]
+                words[4:8] = [place(block, f"attn.{name}.weight") for name in ("c_q", "c_k", "c_v", "c_proj")]
                 sizes |= {"hd": attn.head_dim, "group": attn.group}
                 if table is not None:
-                    words[8:10] = place(attn.ve_gate), place(table)
+                    words[8:10] = place(block, "attn.ve_gate.weight"), place(model, f"value_embeds.{i}.weight")
                     sizes |= {"gate_in": attn.ve_gate.in_features, "table_stride": table.embedding_dim}
             else:
                 m = block.mamba
-                words[0], words[13:15] = 1, [place(m.in_proj), place(m.out_proj)]
-                words[15:21] = [place(owner, name, torch.float32) for owner, name in (
-                    (m.conv1d, "weight"), (m.conv1d, "bias"), (m, "dt_bias"), (m, "A_log"), (m, "D"), (m.norm, "weight"))]
+                words[0], words[13:15] = 1, [place(block, f"mamba.{name}.weight") for name in ("in_proj", "out_proj")]
+                words[15:21] = [place(block, f"mamba.{name}", torch.float32) for name in (
+                    "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight")]
                 sizes |= {"d_inner": m.d_inner, "H": m.nheads, "N": m.d_state, "G": m.ngroups, "K": m.d_conv}
             self.words.extend(words)
         self.sizes, self.gate = array("q", sizes.values()), array("q")
-        if gate := getattr(model, "gate", None):
+        if "gate" in model._modules:
             self.points = array("q", [c.exit_points.index(i) if i in c.exit_points else -1 for i in range(c.n_block)])
-            self.gate.extend([*(place(owner, name, torch.float32) for owner, name in (
-                (gate.c_fc, "weight"), (gate.point, "weight"), (gate.c_proj, "weight"), (gate.c_proj, "bias"))),
-                _place(self.points), gate.c_fc.out_features])
+            self.gate.extend([*(place(model, f"gate.{name}", torch.float32) for name in (
+                "c_fc.weight", "point.weight", "c_proj.weight", "c_proj.bias")), _place(self.points),
+                model.gate.c_fc.out_features])
+        self.state = self._state()
 
-        self.at = self._at() if self.able else None
+    def _state(self) -> list:
+        """What the run relies on, of the parameters it has found."""
+        return [(p.data_ptr(), p.dtype, p.stride()) for p in self.parameters] if self.able else []
 
-    def _at(self) -> list[int]:
-        return [parameters[name].data_ptr() for parameters, name in self.places]
+    def _stale(self) -> bool:
+        """Whether modules or parameters were replaced, or moved in memory, since."""
+        replaced = any(owner.get(name) is not it for owner, name, it in self.found)
+        return not self.able or replaced or self._state() != self.state
 
     @classmethod
     def of(cls, model) -> "BlockRun":
         """A run of its own for a cache of this model."""
         known = _runs.get(model)
-        if known is None or not known.able or known._at() != known.at:
+        if known is None or known._stale():
             known = _runs[model] = cls(model)
         run = copy.copy(known)
         run.words, run.sizes = run.words[:], run.sizes[:]
@@ -98,7 +106,7 @@ class BlockRun:
     def _run(self, first, last, idx, x, levels, rope, cache, write_only, gate=None, leave=0.0, expand=0.0):
         records = self._place_memory(first, last, x, levels, cache, write_only)
         x = x.contiguous() if write_only else x.clone(memory_format=torch.contiguous_format)
-        (cos, sin), (row, position), idx = rope, cache.chunk.places(), idx.contiguous()
+        (cos, sin), (row, position), idx = rope, cache.chunk.places(), idx.long().contiguous()
         reached, sure = array("q", [0, 0]), array("f", [0])
         operator("blocks", self.dtype)(
             _place(self.words), _place(self.sizes), x.data_ptr(), idx.data_ptr(), cos.data_ptr(), sin.data_ptr(),
@@ -113,6 +121,9 @@ class BlockRun:
         """Writes the words that change; what Mamba states under a checkpoint are to remember of this call."""
         words, records, head_dim = self.words, [], self.config.head_dim
         k = conv = None
+        for i in range(first, last):  # before anything changes
+            if words[i * WORDS]:
+                cache.views[i].state._check_room(x.size(1))
         for i in range(first, last):
             at, view, level = i * WORDS, cache.views[i], levels[i]
             words[at + LEVEL] = level
@@ -125,7 +136,6 @@ class BlockRun:
                 state, place = view.state, 0
                 conv, ssm = state._go_on()
                 if state._record is not None:
-                    state._check_room(x.size(1))
                     mixer = self.blocks[i].mamba
                     projected = x.new_empty(*x.shape[:2], mixer.in_proj.out_features - (mixer.d_inner if write_only else 0))
                     records.append((mixer, state, projected))

@@ -188,6 +188,8 @@ class MatryoshkaKVCache:
 
     What an exited token owes the blocks behind its exit (keys, values, Mamba state) may be deferred: block i is then
     behind[i] tokens late, and catches up, in one call, when a later token reaches it (DESIGN 6).
+
+    The model's weights must stay where they are in memory for as long as the cache is used.
     """
     def __init__(self, model, batch: int, length: int):
         c, dtype, device = model.config, model.compute_dtype, model.device
@@ -256,11 +258,14 @@ class MatryoshkaKVCache:
                 some = list(some)
                 self._catch_up(some[0], some[-1] + 1, late)
 
-    def catch_up_alike(self, first: int) -> int:
-        """Block `first` and those behind it that owe as much write their memory; the first block that is not among them."""
-        last = next((i for i in range(first, len(self.behind)) if self.behind[i] != self.behind[first]), len(self.behind))
-        self.catch_up(first, last)
-        return last
+    def settled(self, first: int) -> int:
+        """The first block from `first` on that owes something, or how many there are."""
+        return next((i for i in range(first, len(self.behind)) if self.behind[i]), len(self.behind))
+
+    @property
+    def records(self) -> bool:
+        """Whether there is a checkpoint to go back to."""
+        return self._saved_pos is not None
 
     def _catch_up(self, first: int, last: int, late: int) -> None:
         """Likewise, where all of them owe `late` tokens."""

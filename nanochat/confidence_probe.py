@@ -9,14 +9,13 @@ the tokens before.
 """
 import itertools
 import math
-import weakref
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.common import Progress
-from nanochat.matryoshka import cost_table, norm, token_flops
+from nanochat.matryoshka import cost_table, norm, once_per_model, token_flops
 
 CLOSED = -1e4  # bias of a gate's unit or a predictor's gain that growth appends: exactly 0 behind it, so no answer changes
 
@@ -64,7 +63,7 @@ class ConfidenceGate(nn.Module):
         """h (..., D), normed state at exit point number `point` -> logit of the confidence (...), fp32."""
         units = self.c_fc(h.float()) + self.point.weight[point]
         first, second = units.topk(2, -1).values.split(1, -1)
-        likeliest = (first - units.logsumexp(-1, keepdim=True)).clamp(max=-1e-6)  # log-probability
+        likeliest = (units - first).logsumexp(-1, keepdim=True).neg().clamp(max=-1e-6)  # log-probability; near 0 too
         others = torch.log(-torch.expm1(likeliest))
         features = torch.cat((likeliest, others, first - second, F.relu(units).square()), -1)
         return features @ self.c_proj.weight[point] + self.c_proj.bias[point]
@@ -240,7 +239,10 @@ class Controls:
         return self.exit_threshold, self.expand_threshold if any(d != top for d in levels) else 0.0
 
     def begin(self, rows: list[int], exits: torch.Tensor, levels: list) -> None:
-        """A pass of these planned rows begins, with what it would do if nothing were decided (see GPT.hidden)."""
+        """
+        A pass of these planned rows begins, with what it would do if nothing were decided (see GPT.hidden), for whoever
+        reads `exits` and `ran` behind it.
+        """
         self.rows, self.exits, self.ran = rows, exits, levels
 
     def _gate(self, i, x):
@@ -307,19 +309,15 @@ class Controls:
         return exits, levels
 
 
-_shares = weakref.WeakKeyDictionary()  # a model's costs do not change, and every answer asks for them
-
-
+@once_per_model
 def level_shares(model) -> tuple[torch.Tensor, float]:
     """
     (n_block, n_levels) fp64: the FLOPs of each block at each level as shares of the whole model at full width, half its
     context filled; and the share of the model at its narrowest, the least budget that a plan can meet.
     """
-    if model not in _shares:
-        table, fixed = cost_table(model, model.config.sequence_len / 2)
-        full = float(table[:, -1].sum()) + fixed
-        _shares[model] = table / full, (float(table[:, 0].sum()) + fixed) / full
-    return _shares[model]
+    table, fixed = cost_table(model, model.config.sequence_len / 2)
+    full = float(table[:, -1].sum()) + fixed
+    return table / full, (float(table[:, 0].sum()) + fixed) / full
 
 
 def budget_grid(model) -> list[float]:

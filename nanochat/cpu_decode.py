@@ -16,7 +16,7 @@ from nanochat.native import library
 MAX_ROWS = 48
 
 # Numbers of pointers, sizes and floats that each takes, in this order.
-_OPERATORS = {"norm": (2, 2, 2), "linear": (3, 5, 0), "mlp": (4, 6, 2), "attention": (15, 13, 2), "mamba": (15, 12, 1),
+_OPERATORS = {"norm": (2, 2, 2), "linear": (3, 5, 0), "mlp": (4, 6, 2), "attention": (16, 13, 2), "mamba": (15, 12, 1),
               "replay": (8, 9, 0), "blocks": (11, 7, 5)}
 _SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -56,7 +56,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (..., k) times weight (m, k)^T, whose rows may lie apart -> (..., m)."""
     y, flat = x.new_empty(*x.shape[:-1], weight.size(0)), _rows(x)
     operator("linear", x.dtype)(flat.data_ptr(), weight.data_ptr(), y.data_ptr(), flat.size(0), flat.size(1),
-                                 weight.size(0), flat.stride(0), weight.stride(0))
+                                weight.size(0), flat.stride(0), weight.stride(0))
     return y
 
 
@@ -64,7 +64,7 @@ def mlp(x: torch.Tensor, c_fc: torch.Tensor, c_proj: torch.Tensor, d: int, d_ref
     """The update of an MLP at width d, its norm included: x (..., >= d) -> (..., d)."""
     y, flat = x.new_empty(*x.shape[:-1], d), _rows(x)
     operator("mlp", x.dtype)(flat.data_ptr(), c_fc.data_ptr(), c_proj.data_ptr(), y.data_ptr(), flat.size(0), d, 4 * d,
-                              flat.stride(0), c_fc.stride(0), c_proj.stride(0), d_ref, eps)
+                             flat.stride(0), c_fc.stride(0), c_proj.stride(0), d_ref, eps)
     return y
 
 
@@ -81,7 +81,7 @@ def attention(attn, x: torch.Tensor, d: int, rope, value: torch.Tensor | None, v
     cos, sin = rope
     operator("attention", x.dtype)(
         flat.data_ptr(), _pointer(y), *(m.weight.data_ptr() for m in (attn.c_q, attn.c_k, attn.c_v, attn.c_proj)),
-        _pointer(gate), _pointer(value), cos.data_ptr(), sin.data_ptr(), view.k.data_ptr(), view.v.data_ptr(),
+        _pointer(gate), _pointer(value), None, cos.data_ptr(), sin.data_ptr(), view.k.data_ptr(), view.v.data_ptr(),
         _pointer(view.heads), row.data_ptr(), position.data_ptr(),
         flat.size(0), d, flat.stride(0), attn.c_q.in_features, attn.head_dim, attn.group,
         0 if gate is None else gate.size(1), 0 if value is None else value.stride(0), cos.numel() // cos.size(-1),

@@ -1,10 +1,10 @@
 """
-The training step of a hybrid (DESIGN 8), pass by pass, as Run.train asks for it. What is random depends on the seed, the
-step and the number of the pass in it, and is drawn for a pass of all ranks together: they agree on all they do together, and
-so does a resumed run. Any number of ranks makes the same step of the same rows in as many passes; with more passes of fewer
-rows the draws are others, and more. Two exceptions: without narrow passes nothing is drawn, and the number of passes makes
-no difference; and with recipe 'half', where rows hold different numbers of supervised tokens, a rank's narrow pass has the
-weight of all its rows and not of the half, so that ranks differ by that.
+The training step of a hybrid, pass by pass, as Run.train asks for it: DESIGN 8's (recipe both), and what was compared with
+it. What is random depends on the seed, the step and the number of the pass in it, and is drawn for a pass of all ranks
+together: they agree on all they do together, and so does a resumed run. Any number of ranks makes the same step of the same
+rows in as many passes; with more passes of fewer rows the draws are others, and more. Two exceptions: without narrow passes
+nothing is drawn, and the number of passes makes no difference; and with recipe 'half', where rows hold different numbers of
+supervised tokens, a rank's narrow pass has the weight of all its rows and not of the half, so that ranks differ by that.
 """
 import torch
 
@@ -72,15 +72,17 @@ class ElasticStep:
         if self.recipe not in TAUGHT:
             student = sample_students(config, rows, T, splits, g, 0, rank, world, self.levels)[0]
             whole = len(range(rank, rows * world // 2, world)) if self.recipe == "split" else 0  # of this rank's rows
-            total = flops = 0.0
-            for at, widths, exits in ((slice(whole, rows), student.widths, student.exits[whole:]),
-                                      (slice(0, whole), None, None)):
+            out = {"loss": 0.0, "flops": 0.0}
+            for label, at, widths, exits in ((student.label, slice(whole, rows), student.widths, student.exits[whole:]),
+                                             (config.top_width, slice(0, whole), None, None)):
                 if at.stop > at.start:
                     loss, _ = model(x[at], y[at], widths=widths, exits=exits)
                     weight = share.tokens * int((y[at] >= 0).sum()) / max(1, int((y >= 0).sum()))
                     (loss * weight).backward()
-                    total, flops = total + loss.detach() * weight, flops + self.flops(widths, x[at].numel())
-            return {"loss": total, "flops": flops}
+                    for name, value in (("loss", loss.detach() * weight), (f"loss_{label}", loss.detach() * weight),
+                                        (f"loss_{label}:", weight), ("flops", self.flops(widths, x[at].numel()))):
+                        out[name] = out.get(name, 0.0) + value
+            return out
         # a single pair of blocks has no exit for a gate to learn at
         at = tokens_of_rows(y >= 0, GATE_TOKENS, g, rank, world) if config.exit_points else None
         students = self._students(step, rows, T, splits, g, rank, world) + drafts

@@ -191,10 +191,13 @@ class GPT(nn.Module):
         without one, a sequence starts at position 0.
         control: decides on the way. At every exit point that some token reaches, control(i, x, exits, levels) sees the
         state x (B, T, D) behind i blocks and returns exits (B, T) and the levels of all blocks, changed only from i on. A
-        control with a `bar` (see Controls) is not asked where a single token's gate leaves it nothing to decide.
+        control with a `bar` (see Controls) is not asked where a single token's gate leaves it nothing to decide, and is told
+        the gate's answer otherwise. ValueError for a cache of another number of rows.
         """
         c, (B, T) = self.config, idx.shape
         if cache is not None:
+            if B != len(cache.pos):
+                raise ValueError(f"the cache holds {len(cache.pos)} rows, but the tokens are of {B}: give one of as many")
             rope = cache.begin(T, lengths)
         elif T > c.sequence_len:
             raise ValueError(f"{T} tokens do not fit the model's context of {c.sequence_len}: give a shorter text")
@@ -207,11 +210,15 @@ class GPT(nn.Module):
         first, deepest = (c.n_block,) * 2 if exits is None else (int(n) for n in exits.aminmax())
         levels = self.resolve_widths(widths)
         x = norm(self.embed(self.transformer.wte, idx), c.d_ref, c.norm_eps)
-        bar = getattr(control, "bar", None) if idx.numel() == 1 and cache is not None else None
+        bar = getattr(control, "bar", None) if idx.numel() == 1 and cache is not None and not cache.records else None
+
+        def next_point(i):
+            return next((p for p in c.exit_points if p > i), c.n_block)
         i, sure, going = 0, (), -1  # the gate's answer, where it is known; the exit point where the token is known to go on
         while i < c.n_block:
             if control is not None and i in c.exit_points and i < deepest and i != going:
                 exits, levels = control(i, x, exits, levels, *sure)
+                sure = ()
                 first, deepest = (int(n) for n in exits.aminmax())
             active, stop = None, i + 1
             if i >= deepest:
@@ -224,12 +231,15 @@ class GPT(nn.Module):
             elif i >= first:
                 active = (exits > i).to(idx.device)
             elif bar is not None and first == c.n_block and (run := cache.compiled_run(x, levels[i:])):
-                stop = cache.catch_up_alike(i)
+                stop = cache.settled(i)
+                if stop == i:  # what owes something catches up as far as the token surely goes
+                    stop = next_point(i)
+                    cache.catch_up(i, stop)
                 x, i, asked, sure = run.ahead(i, stop, idx, x, levels, rope, cache, bar(levels[i:]))
                 sure, going = ((sure,), -1) if asked else ((), i)
                 continue
             else:
-                stop = min(first, c.n_block if control is None else next((p for p in c.exit_points if p > i), c.n_block))
+                stop = min(first, c.n_block if control is None else next_point(i))
             x = self.run(i, stop, idx, x, levels, rope, cache, active)
             i = stop
         if cache is not None:

@@ -6,6 +6,7 @@ Widths are nested (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147): width d 
 first d / head_dim heads and the first 4 d hidden units, so that every smaller model is a corner of the larger one.
 The sliced matrices are multiplied, never masked full ones: matrix-product FLOPs fall as (d / D)^2.
 """
+import functools
 import weakref
 from typing import NamedTuple
 
@@ -430,7 +431,28 @@ def cost_table(model, context: float) -> tuple[torch.Tensor, float]:
     return table, parts["static"].flops + parts["head"].flops
 
 
-_token_tables = weakref.WeakKeyDictionary()  # a model's costs do not change, and every answer asks for them
+def once_per_model(function):
+    """function(model), computed once for each model: its costs do not change, and every answer asks for them."""
+    known = weakref.WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def look_up(model):
+        if model not in known:
+            known[model] = function(model)
+        return known[model]
+    return look_up
+
+
+@once_per_model
+def _token_table(model) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """
+    FLOPs of one token by block, level and whether it has exited, (n_block, n_levels, 2) fp64, behind no other token; what
+    each token before it adds; and the head's.
+    """
+    table, one = (torch.tensor([[[sum(c.flops for c in block_cost(block, d, n, exited)) for exited in (False, True)]
+                                 for d in model.config.levels] for block in model.transformer.h], dtype=torch.float64)
+                  for n in (0, 1))
+    return table, one - table, model.cost()["head"].flops
 
 
 def token_flops(model, depth: torch.Tensor, widths: torch.Tensor, context: torch.Tensor,
@@ -440,14 +462,9 @@ def token_flops(model, depth: torch.Tensor, widths: torch.Tensor, context: torch
     when attention sees `context` (N,) positions: FLOPs (N,) fp64, head included. The same as model.cost, for many tokens.
     per_point: FLOPs of a decision at each exit point that a token reaches.
     """
-    blocks, levels = model.transformer.h, model.config.levels
-    if model not in _token_tables:
-        base, one = (torch.tensor([[[sum(c.flops for c in block_cost(block, d, n, exited)) for exited in (False, True)]
-                                    for d in levels] for block in blocks], dtype=torch.float64) for n in (0, 1))
-        _token_tables[model] = base, one - base, model.cost()["head"].flops
-    base, more, head = _token_tables[model]
-    b = torch.arange(len(blocks))
-    at = b, torch.searchsorted(torch.tensor(levels), widths.contiguous()), (b >= depth[:, None]).long()
+    base, more, head = _token_table(model)
+    b = torch.arange(model.config.n_block)
+    at = b, torch.searchsorted(torch.tensor(model.config.levels), widths.contiguous()), (b >= depth[:, None]).long()
     spent = base[at] + more[at] * context[:, None]  # a token's cost is linear in its context
     points = (depth[:, None] >= torch.tensor(model.config.exit_points)).sum(1) if per_point else 0
     return spent.sum(1) + head + per_point * points

@@ -60,7 +60,7 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
     p.add_argument("--expanded-dim", type=int, default=None,
                    help="the hybrid's width, as a check: another one is an error (default: the checkpoint's)")
     p.add_argument("--stage", type=int, choices=[1, 2, 3], default=None,
-                   help="1: train the Mamba blocks, value embeddings and the gate, the base frozen; 2 and 3: what the last "
+                   help="1: train the Mamba blocks and value embeddings, the base frozen; 2 and 3: what the last "
                         "growth added and the Mamba mixers, all else frozen (default: by the checkpoint's provenance)")
     p.add_argument("--unfreeze", action="store_true", help="train everything instead, at --lr-scale times the rates")
     p.add_argument("--lr-scale", type=float, default=None,
@@ -72,8 +72,7 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
                    help="the widths that narrow passes learn, such as 128,512,1024 (default: all levels of the model)")
     p.add_argument("--recipe", choices=list(RECIPES), default=None,
                    help="; ".join(f"{k}: {v}" for k, v in RECIPES.items()) + " (default: split, the best at equal compute; "
-                        "both without --sample-dim, with --draft-exit, or with a --device-batch-size of 1, where split "
-                        "cannot be)")
+                        "both without --sample-dim or with --draft-exit, where split cannot be)")
     p.add_argument("--student-every", type=int, default=4, help="of --recipe every (default: 4)")
     p.add_argument("--draft-exit", type=int, default=None, metavar="BLOCKS",
                    help="also teach the full width what the whole model says already after so many blocks: good drafts "
@@ -99,11 +98,11 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
         raise ValueError("--predictor has no effect without --controls: add it, or drop --predictor")
     given = {k for k, v in vars(args).items() if v != p.get_default(k)}
     if args.recipe is None:
-        args.recipe = "split" if args.sample_dim and args.draft_exit is None and args.device_batch_size != 1 else "both"
+        args.recipe = "split" if args.sample_dim and args.draft_exit is None else "both"
     if args.recipe not in TAUGHT and args.matryoshka and not args.sample_dim:
         raise ValueError(f"--recipe {args.recipe} has passes at sampled widths only: add --sample-dim")
     if args.recipe == "split" and args.matryoshka and args.device_batch_size == 1:
-        raise ValueError("--recipe split needs at least two rows: raise --device-batch-size, or use --recipe single")
+        raise ValueError("--recipe split needs at least two rows: raise --device-batch-size, or use --recipe both or single")
     if args.export and args.fresh:
         raise ValueError("--fresh deletes the checkpoints that --export is to write from: drop one of them")
     if args.draft_exit is not None and args.matryoshka and args.recipe not in TAUGHT:
@@ -201,7 +200,7 @@ def main(argv=None):
     if args.num_iterations < 0:
         args.num_iterations = max(1, round(20 * trained / args.total_batch_size))
     print0(f"steps {args.num_iterations:,}; levels {', '.join(map(str, levels or config.levels))}"
-           + (f"; a step is {RECIPES[args.recipe]}" if args.matryoshka else ""))
+           + (f"; recipe {args.recipe}: {RECIPES[args.recipe]}" if args.sample_dim else ""))
     args.data = args.data or default_data(device.type)
     # an export of what is trained reads no text, but for the controls' prices
     data = None if args.export and not args.controls else distributed.first_alone(lambda: prepare_mixture(args.data))

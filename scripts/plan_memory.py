@@ -54,7 +54,7 @@ def set_rank(rank: int, world: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
 
 
-def prepare_step(stage, mesh, rows: int, dtype: torch.dtype, world: int):
+def prepare_step(stage, mesh, rows: int, dtype: torch.dtype):
     """(one optimizer step on random tokens, as Run.train makes it; the optimizers) of a stage's model on the meta device."""
     model = stage.model
     shard_model(model, mesh, dtype, gradient_checkpointing=True)
@@ -62,7 +62,7 @@ def prepare_step(stage, mesh, rows: int, dtype: torch.dtype, world: int):
     optimizers = setup_optimizers(model, frozen=stage.boxes)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randint(model.config.vocab_size, (2, rows, model.config.sequence_len), generator=generator)
-    backward = ElasticStep(model, seed=0, steps=1, recipe="split")
+    backward = ElasticStep(model, seed=0, steps=1, recipe="split" if rows > 1 else "both")
 
     def step():
         backward(0, x, y, shares([(x, y)])[0])
@@ -78,7 +78,7 @@ def trace_step(stage, rows: int, dtype: torch.dtype = torch.bfloat16, world: int
                gpu_forms: bool = True) -> MemoryTrace:
     """The trace of a stage's second optimizer step on rank 0 of `world`: the first one makes the optimizers' state."""
     with fake_ranks(world) as mesh, traced(gpu_forms) as trace:
-        step, optimizers = prepare_step(stage, mesh, rows, dtype, world)
+        step, optimizers = prepare_step(stage, mesh, rows, dtype)
         parameters = list(stage.model.parameters())
         trace.mark(parameters, "parameters")
         for p in parameters:
@@ -96,7 +96,7 @@ def trace_step(stage, rows: int, dtype: torch.dtype = torch.bfloat16, world: int
     return trace
 
 
-def measured_peak(stage, mesh, dtype: torch.dtype, world: int) -> int:
+def measured_peak(stage, mesh, dtype: torch.dtype) -> int:
     """
     The most bytes that are allocated at once while the same step really runs, twice: torch's profiler reports what the
     CPU's allocator hands out, to operators' insides too. It does not see what other threads (gloo's) give back, which shows
@@ -104,7 +104,7 @@ def measured_peak(stage, mesh, dtype: torch.dtype, world: int) -> int:
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step, _ = prepare_step(stage, mesh, SMALL_ROWS, dtype, world)
+        step, _ = prepare_step(stage, mesh, SMALL_ROWS, dtype)
         with torch.no_grad():
             for p in stage.model.parameters():
                 p.zero_()
@@ -140,7 +140,7 @@ def _measure_rank(rank: int, world: int, store: str, dtype: torch.dtype, results
     torch.set_num_threads(1)
     set_rank(rank, world)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    results.put(measured_peak(make_stage(1, SMALL), make_mesh("cpu"), dtype, world))
+    results.put(measured_peak(make_stage(1, SMALL), make_mesh("cpu"), dtype))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -148,7 +148,7 @@ def _measure_rank(rank: int, world: int, store: str, dtype: torch.dtype, results
 def measure(world: int, dtype: torch.dtype) -> int:
     """measured_peak of the small model's stage-1 step over `world` processes: the least of their upper bounds."""
     if world == 1:
-        return measured_peak(make_stage(1, SMALL), None, dtype, 1)
+        return measured_peak(make_stage(1, SMALL), None, dtype)
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from nanochat.stages import frozen_boxes, set_trained, trained_entries
 
 WIDTHS = {1: 2048, 2: 2560, 3: 4096}
 FIRST_PLAN = {1: (40, 1000), 2: (50, 1200), 3: (100, 2400)}  # hours on 8 H100s, dollars: the project's first estimate
-DRAWS = 100  # of student passes, for their mean cost
+DRAWS = 100  # of narrow passes, for their mean cost
 
 
 class Stage(NamedTuple):

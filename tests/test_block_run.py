@@ -11,8 +11,9 @@ from nanochat import block_run
 from nanochat.block_run import BlockRun
 from nanochat.cache import MatryoshkaKVCache
 from nanochat.checkpoint_manager import build_model
+from nanochat.confidence_probe import Controls
 from nanochat.engine import prepare_inference
-from nanochat.matryoshka import norm
+from nanochat.matryoshka import MLP, norm
 
 pytestmark = needs_compiler
 DTYPES = [torch.float32, torch.bfloat16]
@@ -53,6 +54,8 @@ def test_a_run_is_its_blocks_to_the_last_bit(kind, dtype, monkeypatch):
             cache.checkpoint()
             model(torch.randint(300, (2, 4), generator=g), cache=cache)
             cache.truncate([14, 15])
+            for T in (1, 2):  # rows at different positions
+                out.append(model(torch.randint(300, (2, T), generator=g), widths=widths.expand(2, -1), cache=cache))
         return torch.cat(out, 1), memory(cache)
     got, its = decode()
     assert (0, n) in calls and (1, n) in calls  # whole passes, and the memory that exits owed
@@ -104,6 +107,65 @@ def test_answers_in_mode_auto_are_the_same_either_way(hybrid, monkeypatch):
 
 
 @torch.no_grad()
+def test_a_gate_that_is_sure_is_sure_of_the_same(hybrid):
+    """Units far apart: the likeliest one's probability is 1 but for what fp32 hardly shows, and the rest is a feature."""
+    prepare_inference(hybrid, "cpu", torch.float32)
+    for spread in (1, 20, 60):
+        hybrid.gate.c_fc.weight.copy_(torch.randn(hybrid.gate.c_fc.weight.shape, generator=torch.Generator().manual_seed(2)))
+        hybrid.gate.c_fc.weight.mul_(spread * hybrid.config.n_embd ** -0.5)
+        hybrid.gate.c_proj.weight.fill_(0.0)
+        hybrid.gate.c_proj.weight[:, 1] = 0.3  # of the log-probability that it is another unit
+        for token in range(0, 300, 30):
+            seen, idx = [], torch.tensor([[token]])
+
+            def look(i, x, exits, levels, seen=seen):
+                seen.append(hybrid.gate(norm(x, hybrid.config.d_ref, hybrid.config.norm_eps), 0 if i == 2 else 1))
+                return exits, levels
+            hybrid.hidden(idx, cache=MatryoshkaKVCache(hybrid, 1, 8), control=look)
+            cache = MatryoshkaKVCache(hybrid, 1, 8)
+            rope, levels = cache.begin(1), [64] * 6
+            x = norm(hybrid.embed(hybrid.transformer.wte, idx), hybrid.config.d_ref, hybrid.config.norm_eps)
+            *_, sure = cache.compiled_run(x, levels).ahead(0, 2, idx, x, levels, rope, cache, (1.0, 0.0))
+            assert abs(torch.logit(torch.tensor(sure)) - float(seen[0])) < 2e-2
+
+
+@torch.no_grad()
+def test_deciding_under_a_checkpoint_can_be_taken_back(hybrid):
+    """Tokens that exit early, then a rollback behind the first of them: as if the rest had never been."""
+    prepare_inference(hybrid, "cpu", torch.float32)
+    ids, kept = torch.randint(300, (1, 9), generator=torch.Generator().manual_seed(5)), {}
+    for taken in (3, 1):
+        cache, control = MatryoshkaKVCache(hybrid, 1, 16), Controls(hybrid, exit_threshold=0.0, expand_threshold=0.0)
+        control.plan([[1, 2]])
+        hybrid(ids[:, :5], cache=cache)
+        cache.checkpoint()
+        for t in range(5, 5 + taken):
+            control.begin([0], None, None)
+            hybrid.hidden(ids[:, t:t + 1], cache=cache, control=control)
+            assert control.exits.item() == 2
+        cache.truncate([6])
+        kept[taken] = hybrid(ids[:, 8:], cache=cache)
+    assert torch.equal(kept[3], kept[1])
+
+
+@torch.no_grad()
+def test_what_a_cache_cannot_take_is_refused_and_changes_nothing():
+    model, ids = prepared(), torch.randint(300, (1, 9), generator=torch.Generator().manual_seed(5))
+    cache = MatryoshkaKVCache(model, 1, 16)
+    model(ids[:, :4], cache=cache)
+    cache.checkpoint(window=2)
+    with pytest.raises(ValueError, match="exceed its window of 2"):
+        model(ids[:, 4:7], cache=cache)
+    cache.truncate([4])
+    cache.drop_checkpoint()
+    with pytest.raises(ValueError, match="the cache holds 1 rows, but the tokens are of 2"):
+        model(ids[:, 4:6].T, cache=cache)
+    fresh = MatryoshkaKVCache(model, 1, 16)
+    model(ids[:, :4], cache=fresh)
+    assert torch.equal(model(ids[:, 4:5].int(), cache=cache), model(ids[:, 4:5], cache=fresh))  # ids of another type too
+
+
+@torch.no_grad()
 def test_weights_that_moved_are_found(monkeypatch):
     """Between two answers: other memory, another parameter, another dtype; what cannot be read is left to the layers."""
     model, idx = prepared(), torch.tensor([[3, 4, 5]])
@@ -117,6 +179,9 @@ def test_weights_that_moved_are_found(monkeypatch):
     assert not torch.equal(first, without)
     block.mlp.c_fc.weight = torch.nn.Parameter(torch.ones_like(block.mlp.c_fc.weight), requires_grad=False)
     assert not torch.equal(without, logits())
+    first = logits()
+    block.mlp = MLP(model.config).requires_grad_(False)
+    assert not torch.equal(first, logits())
     block.mlp.c_fc.weight.data = block.mlp.c_fc.weight.data.mT.contiguous().mT
     assert not BlockRun.of(model).able
     want = logits()

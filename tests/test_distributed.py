@@ -114,8 +114,13 @@ def test_a_recipe_makes_the_passes_it_promises(recipe, passes, monkeypatch):
                         or hidden(idx, widths, *a))
     x = torch.randint(64, (4, ranks.T))
     for number, want in enumerate(passes):
-        flops = step(number, x, x, Share(1.0, 1.0, 1.0))["flops"]
+        losses = step(number, x, x, Share(1.0, 1.0, 1.0))
+        flops = losses["flops"]
         assert seen == want, number
+        by_width = {k.partition("_")[2] for k in losses if k.endswith(":")}
+        assert by_width == {"split": {"16:", "32:"}, "single": {"16:"}}.get(recipe, by_width)
+        if recipe in ("split", "single"):
+            assert float(losses["loss"]) == pytest.approx(sum(float(losses[f"loss_{w[:-1]}"]) for w in by_width))
         full = sum(step.flops(None, n * ranks.T) for n, whole in seen if whole)
         narrow = sum(step.flops(model.config.levels[0], n * ranks.T) for n, whole in seen if not whole)
         assert full + narrow <= flops <= full + 2 * narrow  # one row of four is a level wider from somewhere on

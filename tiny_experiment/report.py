@@ -74,8 +74,8 @@ def claims(runs: list[dict]) -> list[dict]:
               f"{match('full', d):.1f} %")
     claim("beyond: at least 60 % of those FLOPs saved", saved, saved >= 60, f"{saved:.1f} %")
     wall, whole = (mean(r["wall"][k] for r in runs) for k in ("speedup", "whole_speedup"))
-    claim("beyond: generated tokens 1.8x faster by wall-clock at batch 1", wall, wall >= 1.8,
-          f"{wall:.2f}x behind the first token, whole answers {whole:.2f}x")
+    claim("beyond: whole answers 1.8x faster by wall-clock at batch 1", whole, whole >= 1.8, f"{whole:.2f}x")
+    claim("... generated tokens, behind the first", wall, wall >= 1.8, f"{wall:.2f}x")
     gate = averaged([r["curves"]["gate"] for r in runs])
     rivals = {name: averaged([r["curves"][name] for r in runs]) for name in ("random", "change", "softmax")}
     rivals |= {"static width": static_curve(runs, ("width",)), "static depth": static_curve(runs, ("depth",)),

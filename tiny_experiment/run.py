@@ -1,8 +1,9 @@
 """
 Trains a small hybrid on the tasks, then its controls, calibrates them, and measures what adaptive compute costs and saves.
 
-The training step is the package's: a full pass (teacher, cross-entropy), a narrow pass at sampled widths and exits that
-learns the teacher's distribution, then, on the finished model, gate and predictor. Only answers are supervised.
+The training step is the package's, recipe both of fractal_train: a full pass (teacher, cross-entropy), a narrow pass at
+sampled widths and exits that learns the teacher's distribution, then, on the finished model, gate and predictor. Only
+answers are supervised.
 """
 import itertools
 import math
@@ -80,10 +81,10 @@ def make_model(encoder: Encoder, seed: int):
     return model
 
 
-def pieces_of(instances: list, s: Settings) -> list[tuple[int, list]]:
+def pieces_of(instances: list, s: Settings, step: int) -> list[tuple[int, list]]:
     """
-    (number, instances) of this process's pieces: instances of like length, padded of about the same size, so that processes
-    wait little.
+    (number, instances) of this process's pieces of a step: instances of like length, padded of about the same size, so that
+    processes wait little.
     """
     lengths, instances = zip(*sorted(((len(i.prompt) + len(i.answer), i) for i in instances), key=lambda p: -p[0]))
 
@@ -93,9 +94,10 @@ def pieces_of(instances: list, s: Settings) -> list[tuple[int, list]]:
             if (k + 1 - at[-1]) * lengths[at[-1]] > most:
                 at.append(k)
         return [*at, len(lengths)]
-    most = bisect_left(range(sum(lengths) * s.pieces), True, key=lambda most: len(cut(most)) <= s.pieces + 1)
+    most = bisect_left(range(len(lengths) * lengths[0]), True, key=lambda most: len(cut(most)) <= s.pieces + 1)
     rank, world = get_rank()
-    return [(k, list(instances[i:j])) for k, (i, j) in enumerate(itertools.pairwise(cut(most))) if k % world == rank]
+    pieces = enumerate(itertools.pairwise(cut(most)))
+    return [(k, list(instances[i:j])) for k, (i, j) in pieces if (k + step) % world == rank]
 
 
 def finish_step(model, optimizers) -> None:
@@ -114,7 +116,7 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
         set_rates(optimizers, step, s.steps, *SCHEDULE)
         instances = draw_many(seed * 1_000_003 + step, s.rows, "train")
         total, seen, losses = sum(len(i.answer) + 1 for i in instances), 0, {}
-        for k, piece in pieces_of(instances, s):
+        for k, piece in pieces_of(instances, s, step):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * s.pieces + k)
             x, y, starts = encoder.batch(piece)
             expanding = len(x) if k == step % 4 else 0  # a quarter of all rows on average, whole passes at a time

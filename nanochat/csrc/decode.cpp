@@ -1,12 +1,14 @@
 // Decoding on a CPU: what a few tokens (rows) ask of a norm, a linear layer, an attention, an MLP and a Mamba-2 mixer.
 //
 // One row makes every weight matrix a stream that is read once, so an operator is as fast as its reading: weight rows are
-// streamed one after another, several input rows share each reading, and all of a layer happens in one call, since a
-// framework's small operators take longer than the arithmetic they stand for. Weights, caches and activations are fp32 or
-// bf16 in memory; sums, norms, softmax and the SSM state are fp32; a product's input is rounded to its weights' type.
+// streamed one after another, several input rows share each reading, and all of a layer, or of a run of blocks, happens in
+// one call, since a framework's small operators take longer than the arithmetic they stand for. Weights, caches and
+// activations are fp32 or bf16 in memory; sums, norms, softmax and the SSM state are fp32; a product's input is rounded to
+// its weights' type.
 //
-// The functions at the end are called by nanochat/cpu_decode.py, which states shapes and checks them; the same functions
-// in PyTorch, for whatever does not come here, are in matryoshka.py and mamba_block.py. Nothing here keeps a pointer.
+// The functions at the end are called by nanochat/cpu_decode.py and block_run.py, which state shapes and check them; the
+// same functions in PyTorch, for whatever does not come here, are in matryoshka.py and mamba_block.py. Nothing here keeps a
+// pointer.
 // Vectors are GCC's, 16 floats wide, which it lowers to what the CPU has; only the bf16 product has an own instruction.
 #include <algorithm>
 #include <atomic>
@@ -280,10 +282,11 @@ void attend(const float* q, const T* k, const T* v, const int16_t* heads, int64_
     for (int64_t i = 0; i < hd; i++) y[i] /= total;
 }
 
+// ids: null, or value is a table in which the embedding of input row r is row ids[r].
 template <class P, class T = typename P::Stored>
 void attention(const T* x, T* out, const T* wq, const T* wk, const T* wv, const T* wo, const T* gate, const T* value,
-               const float* cos, const float* sin, T* keys, T* values, const int16_t* heads, const int64_t* row,
-               const int64_t* position, int64_t n, int64_t d, int64_t x_stride, int64_t w_stride, int64_t hd,
+               const int64_t* ids, const float* cos, const float* sin, T* keys, T* values, const int16_t* heads,
+               const int64_t* row, const int64_t* position, int64_t n, int64_t d, int64_t x_stride, int64_t w_stride, int64_t hd,
                int64_t group, int64_t gate_in, int64_t value_stride, int64_t rope_rows, int64_t row_stride,
                int64_t head_stride, int64_t length, int64_t write_only, float d_ref, float eps) {
     const int64_t n_head = d / hd, n_kv = (n_head + group - 1) / group, d_kv = n_kv * hd;
@@ -311,7 +314,8 @@ void attention(const T* x, T* out, const T* wq, const T* wk, const T* wv, const 
                 float s = 0;
                 for (int64_t i = 0; i < gate_in; i++) s += widen(gate[j * gate_in + i]) * widen(u[r * padded(d) + i]);
                 const float g = 2 / (1 + std::exp(-s * std::sqrt(std::min(1.0f, d / d_ref))));
-                for (int64_t i = 0; i < hd; i++) vj[i] += g * widen(value[r * value_stride + j * hd + i]);
+                const T* its = value + (ids ? ids[r] : r) * value_stride + j * hd;
+                for (int64_t i = 0; i < hd; i++) vj[i] += g * widen(its[i]);
             }
             for (int64_t i = 0; i < hd; i++) put(keys + at + i, kj[i]), put(values + at + i, vj[i]);
         });
@@ -513,7 +517,7 @@ void replay(const T* projected, T* conv_state, float* ssm_state, const int64_t* 
 // --- a run of blocks -------------------------------------------------------------------------------------------------
 
 // What a block brings to a run of them: weights, the memory behind the tokens so far, and the level of its attention and
-// MLP. Every member is one 64-bit word, in the order of cpu_decode.BlockRun; those of the other kind of block are unused.
+// MLP. Every member is one 64-bit word, as block_run.py writes them; those of the other kind of block are unused.
 template <class T> struct Block {
     int64_t mamba, d;
     const T *fc, *proj;
@@ -595,16 +599,9 @@ void blocks(const Block<T>* all, const Sizes* sizes, T* x, const int64_t* ids, c
                      b.ssm_before, b.ssm_after, b.conv_w, b.conv_b, b.dt_bias, b.A_log, b.D, b.norm_w, n, tokens, s.D,
                      s.d_inner, s.H, s.N, s.G, s.K, s.D, s.conv_stride, s.ssm_stride, write_only, mixer_eps);
         } else {
-            const T* value = nullptr;
-            if (b.gate) {
-                T* rows = scratch<T>(8, n * s.table_stride);
-                for (int64_t r = 0; r < n; r++)
-                    std::copy_n(b.table + ids[r] * s.table_stride, s.table_stride, rows + r * s.table_stride);
-                value = rows;
-            }
-            attention<P>(x, y, b.wq, b.wk, b.wv, b.wo, b.gate, value, cos, sin, b.keys, b.values, b.heads, row, position, n,
-                         b.d, s.D, s.top, s.hd, s.group, s.gate_in, s.table_stride, rope_rows, s.row_stride, s.head_stride,
-                         s.length, write_only, d_ref, eps);
+            attention<P>(x, y, b.wq, b.wk, b.wv, b.wo, b.gate, b.table, ids, cos, sin, b.keys, b.values, b.heads, row,
+                         position, n, b.d, s.D, s.top, s.hd, s.group, s.gate_in, s.table_stride, rope_rows, s.row_stride,
+                         s.head_stride, s.length, write_only, d_ref, eps);
         }
         if (write_only) continue;
         add(x, y, n, s.D, b.mamba ? s.D : b.d);
