@@ -16,7 +16,7 @@ case "${1:-}" in
     *) sed -n '2,/^set /p' "$0" | sed '$d' | cut -c3-; [ "$1" = --help ] || [ "$1" = -h ] && exit 0; exit 2 ;;
 esac
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-STAGE1_STEPS=${STAGE1_STEPS:-25000} STAGE2_STEPS=${STAGE2_STEPS:-17500} STAGE3_STEPS=${STAGE3_STEPS:-14900}
+STAGE1_STEPS=${STAGE1_STEPS:-40000} STAGE2_STEPS=${STAGE2_STEPS:-28900} STAGE3_STEPS=${STAGE3_STEPS:-24200}
 BATCH=${BATCH:-8} TOTAL_BATCH=${TOTAL_BATCH:-524288} DATA=${DATA:-} TRAIN_FLAGS=${TRAIN_FLAGS:-}
 
 base="$NANOCHAT_BASE_DIR/chatsft_checkpoints/d32"

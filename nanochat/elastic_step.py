@@ -27,10 +27,14 @@ RECIPES = {
     "both": "a full and a narrow pass of all rows in each step",
     "every": "the narrow pass in every --student-every-th step only",
     "half": "the narrow pass for half of the rows",
+    "lean": "a full pass of half of the rows, a narrow one of the others, which learns the text and what the whole model "
+            "says of it in a forward pass alone",
     "split": "a full pass of half of the rows, a narrow one of the others, cross-entropy only, no teacher",
     "single": "one pass at sampled widths, cross-entropy only, no teacher",
 }
-TAUGHT = {"both", "every", "half"}  # have a teacher, so that the gate can learn along
+TAUGHT = {"both", "every", "half"}  # their full and narrow passes see the same rows, so that the gate can learn along
+DEFAULT_RECIPE = "lean"  # where widths are sampled: the best at equal compute, all in all (dev/LOG.md)
+TEXT_SHARE = 0.5  # of what a narrow pass learns with recipe 'lean'; the rest is the teacher's distribution
 
 
 def random_splits(rows: int, T: int, generator: torch.Generator) -> torch.Tensor:
@@ -71,16 +75,21 @@ class ElasticStep:
             return {k: v * share.passes for k, v in losses.items()}
         if self.recipe not in TAUGHT:
             student = sample_students(config, rows, T, splits, g, 0, rank, world, self.levels)[0]
-            whole = len(range(rank, rows * world // 2, world)) if self.recipe == "split" else 0  # of this rank's rows
+            whole = 0 if self.recipe == "single" else len(range(rank, rows * world // 2, world))  # of this rank's rows
             out = {"loss": 0.0, "flops": 0.0}
             for label, at, widths, exits in ((student.label, slice(whole, rows), student.widths, student.exits[whole:]),
                                              (config.top_width, slice(0, whole), None, None)):
                 if at.stop > at.start:
-                    loss, _ = model(x[at], y[at], widths=widths, exits=exits)
+                    teacher, flops = None, self.flops(widths, x[at].numel())
+                    if self.recipe == "lean" and widths is not None:
+                        with torch.no_grad():
+                            _, teacher = model(x[at], y[at])
+                        flops += self.looking_flops() * x[at].numel()
+                    loss, _ = model(x[at], y[at], widths=widths, exits=exits, teacher=teacher, text=TEXT_SHARE)
                     weight = share.tokens * int((y[at] >= 0).sum()) / max(1, int((y >= 0).sum()))
                     (loss * weight).backward()
                     for name, value in (("loss", loss.detach() * weight), (f"loss_{label}", loss.detach() * weight),
-                                        (f"loss_{label}:", weight), ("flops", self.flops(widths, x[at].numel()))):
+                                        (f"loss_{label}:", weight), ("flops", flops)):
                         out[name] = out.get(name, 0.0) + value
             return out
         # a single pair of blocks has no exit for a gate to learn at
@@ -114,6 +123,13 @@ class ElasticStep:
             tokens, depth = x[s.start:s.stop].numel(), self.model.config.n_block if s.exits is None else int(s.exits.max())
             total += self.flops(s.widths, tokens) * depth / self.model.config.n_block + head * tokens
         return total
+
+    def looking_flops(self) -> float:
+        """Of a token in a teacher's forward pass, whose logits the student compares with anew."""
+        if "looking" not in self._flops:
+            cost = self.model.cost(context=(self.model.config.sequence_len + 1) / 2)
+            self._flops["looking"] = sum(c.flops for c in cost.values()) + cost["head"].flops
+        return self._flops["looking"]
 
     def flops(self, widths, tokens: int) -> float:
         """Of a pass over so many tokens, forward and backward."""

@@ -45,7 +45,7 @@ class _HeadLoss(torch.autograd.Function):
     The cap bounds the logits by +-15, so the softmax needs no pass for the maximum.
     """
     @staticmethod
-    def forward(ctx, h, weight, targets, softcap, teacher):
+    def forward(ctx, h, weight, targets, softcap, teacher, text):
         w = weight.to(h.dtype)
         wide = torch.promote_types(h.dtype, torch.float32)
         losses = torch.zeros(len(h), dtype=wide, device=h.device)
@@ -59,19 +59,19 @@ class _HeadLoss(torch.autograd.Function):
             p = (t * softcap).exp_()
             z = p.sum(-1, keepdim=True)
             p.div_(z)
-            if teacher is None:
+            if text:
                 y = targets[s, None].clamp(min=0)
-                losses[s] = ((z.log() - t.gather(1, y) * softcap) * live)[:, 0]
-                p.scatter_add_(1, y, torch.full_like(z, -1.0))  # d loss / d capped logits = p - onehot
-            else:
+                losses[s] = ((z.log() - t.gather(1, y) * softcap) * live * text)[:, 0]
+                p.scatter_add_(1, y, torch.full_like(z, -text))  # d loss / d capped logits = p - onehot
+            if teacher is not None:
                 lt = (teacher[s] @ w.T).to(wide).div_(softcap).tanh_().mul_(softcap)
                 q = lt.exp()
                 zq = q.sum(-1, keepdim=True)
                 q.div_(zq)
                 # KL = sum q (log q - log p), with log q = lt - log zq and log p = softcap t - log z
                 kl = lt.addcmul_(t, t.new_tensor(-softcap)).mul_(q).sum(-1, keepdim=True) - zq.log() + z.log()
-                losses[s] = (kl * live)[:, 0]
-                p.sub_(q)
+                losses[s] += (kl * live * (1 - text))[:, 0]
+                p.sub_(q.mul_(1 - text))
             if dh is not None or dw is not None:
                 g = t.square_().neg_().add_(1).mul_(p).mul_(live * scale).to(h.dtype)  # d/d (h w^T): through the cap
                 if dh is not None:
@@ -88,20 +88,20 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, _, g):
         dh, dw = ctx.saved_tensors
         return (None if dh is None else dh * g.to(dh.dtype)), (None if dw is None else (dw * g).to(ctx.weight_dtype)), \
-            None, None, None
+            None, None, None, None
 
 
-def head_loss(h, weight, targets, softcap, teacher=None, reduction="mean") -> torch.Tensor:
+def head_loss(h, weight, targets, softcap, teacher=None, reduction="mean", text: float = 0.0) -> torch.Tensor:
     """
     h (B, T, D); weight (V, D); targets (B, T) int64, -1 where a position is not supervised. Without teacher:
     cross-entropy in nats. With teacher (B, T, D) hidden states, which get no gradient: KL(teacher || student) of the
-    two distributions. reduction 'mean' over the supervised positions (a scalar), or 'none': (B*T,), zero where
-    unsupervised, without gradient.
+    two distributions; text: the share of cross-entropy in a mean of both. reduction 'mean' over the supervised positions
+    (a scalar), or 'none': (B*T,), zero where unsupervised, without gradient.
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()  # or the sweep would make a gradient that nobody asks for
     flat = None if teacher is None else teacher.detach().flatten(0, -2)
-    losses, mean = _HeadLoss.apply(h.flatten(0, -2), weight, targets.flatten(), softcap, flat)
+    losses, mean = _HeadLoss.apply(h.flatten(0, -2), weight, targets.flatten(), softcap, flat, 1.0 if flat is None else text)
     return mean if reduction == "mean" else losses
 
 

@@ -25,7 +25,7 @@ from scripts.compare_surgery import T, Text, fresh_model, optimizers_of, small_b
 WHOLE = Share(1.0, 1.0, 1.0)  # a step is one pass of one process
 # name: recipe, and --student-every
 KINDS = {"full passes only": (None, 1), "both": ("both", 1), "every 2nd step": ("every", 2), "every 4th step": ("every", 4),
-         "half": ("half", 1), "split": ("split", 1), "single": ("single", 1)}
+         "half": ("half", 1), "lean": ("lean", 1), "split": ("split", 1), "single": ("single", 1)}
 
 
 def compare(args) -> dict:

@@ -26,7 +26,7 @@ from nanochat import distributed, stages
 from nanochat.common import cli, get_base_dir, get_rank, print0
 from nanochat.confidence_probe import budget_grid, by_frequency, calibrate_prices
 from nanochat.dataloader import DataLoader
-from nanochat.elastic_step import RECIPES, TAUGHT, ElasticStep
+from nanochat.elastic_step import DEFAULT_RECIPE, RECIPES, TAUGHT, ElasticStep
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.mixture import default_data, prepare_mixture
 from nanochat.optim import setup_optimizers, state_bytes
@@ -71,8 +71,8 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
     p.add_argument("--dim-levels", default=None,
                    help="the widths that narrow passes learn, such as 128,512,1024 (default: all levels of the model)")
     p.add_argument("--recipe", choices=list(RECIPES), default=None,
-                   help="; ".join(f"{k}: {v}" for k, v in RECIPES.items()) + " (default: split, the best at equal compute; "
-                        "both without --sample-dim or with --draft-exit, where split cannot be)")
+                   help="; ".join(f"{k}: {v}" for k, v in RECIPES.items()) + f" (default: {DEFAULT_RECIPE}; both without "
+                        f"--sample-dim or with --draft-exit, where {DEFAULT_RECIPE} cannot be)")
     p.add_argument("--student-every", type=int, default=4, help="of --recipe every (default: 4)")
     p.add_argument("--draft-exit", type=int, default=None, metavar="BLOCKS",
                    help="also teach the full width what the whole model says already after so many blocks: good drafts "
@@ -98,11 +98,11 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
         raise ValueError("--predictor has no effect without --controls: add it, or drop --predictor")
     given = {k for k, v in vars(args).items() if v != p.get_default(k)}
     if args.recipe is None:
-        args.recipe = "split" if args.sample_dim and args.draft_exit is None else "both"
+        args.recipe = DEFAULT_RECIPE if args.sample_dim and args.draft_exit is None else "both"
     if args.recipe not in TAUGHT and args.matryoshka and not args.sample_dim:
         raise ValueError(f"--recipe {args.recipe} has passes at sampled widths only: add --sample-dim")
-    if args.recipe == "split" and args.matryoshka and args.device_batch_size == 1:
-        raise ValueError("--recipe split needs at least two rows: raise --device-batch-size, or use --recipe both or single")
+    if args.recipe in ("lean", "split") and args.matryoshka and args.device_batch_size == 1:
+        raise ValueError(f"--recipe {args.recipe} needs at least two rows: raise --device-batch-size, or use --recipe both")
     if args.export and args.fresh:
         raise ValueError("--fresh deletes the checkpoints that --export is to write from: drop one of them")
     if args.draft_exit is not None and args.matryoshka and args.recipe not in TAUGHT:

@@ -6,8 +6,8 @@ What the three stages of nanochat-d32's hybrid take, computed from the model its
     python -m scripts.plan --memory --json memory.json          # one training step of each stage, traced: minutes
 
 Four tables: parameters; FLOPs of a generated token by mode; memory; and what training costs: FLOPs per token of the step
-that the stage really runs (full and narrow pass, what is frozen left out), tokens per hour, the hours and dollars that
---tokens-per-param asks for, and what the hours and dollars of the project's first plan buy in tokens.
+that the stage really runs (full pass, narrow pass and its teacher, what is frozen left out), tokens per hour, the hours and
+dollars that --tokens-per-param asks for, and what the hours and dollars of the project's first plan buy in tokens.
 """
 import argparse
 

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nanochat.distributed import gradient_norm, make_mesh, reduce_whole, shard_model
-from nanochat.elastic_step import ElasticStep
+from nanochat.elastic_step import DEFAULT_RECIPE, ElasticStep
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.memory_trace import CATEGORIES, MemoryTrace, traced
 from nanochat.optim import setup_optimizers
@@ -62,7 +62,7 @@ def prepare_step(stage, mesh, rows: int, dtype: torch.dtype):
     optimizers = setup_optimizers(model, frozen=stage.boxes)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randint(model.config.vocab_size, (2, rows, model.config.sequence_len), generator=generator)
-    backward = ElasticStep(model, seed=0, steps=1, recipe="split" if rows > 1 else "both")
+    backward = ElasticStep(model, seed=0, steps=1, recipe=DEFAULT_RECIPE if rows > 1 else "both")
 
     def step():
         backward(0, x, y, shares([(x, y)])[0])

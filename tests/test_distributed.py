@@ -36,6 +36,7 @@ CASES = {
     "single": {"phase": "unfrozen", "recipe": "single", "sample": True, "steps": 5},
     "every": {"phase": "unfrozen", "recipe": "every", "sample": True, "steps": 5, "student_every": 2},
     "split": {"phase": "unfrozen", "recipe": "split", "sample": True, "steps": 5},
+    "lean": {"phase": "stage 1", "recipe": "lean", "sample": True, "steps": 5},
     "controls": {"phase": "controls", "recipe": "controls gumbel", "sample": True, "steps": 10},
     "controls, by value": {"phase": "controls", "recipe": "controls value", "sample": True, "steps": 8},
     "full passes": {"phase": "unfrozen", "recipe": None, "sample": False, "steps": 4},
@@ -102,6 +103,7 @@ def test_each_pass_of_a_step_draws_for_itself_on_all_ranks_alike(monkeypatch):
     ("both", [[(4, True), (1, False), (3, False)]] * 3),
     ("every", [[(4, True), (1, False), (3, False)], [(4, True)], [(4, True), (1, False), (3, False)]]),
     ("half", [[(4, True), (2, False)]] * 3),
+    ("lean", [[(2, True), (2, False), (2, True)]] * 3),  # the first without gradients
     ("split", [[(2, False), (2, True)]] * 3),
     ("single", [[(4, False)]] * 3)])
 def test_a_recipe_makes_the_passes_it_promises(recipe, passes, monkeypatch):
@@ -118,8 +120,8 @@ def test_a_recipe_makes_the_passes_it_promises(recipe, passes, monkeypatch):
         flops = losses["flops"]
         assert seen == want, number
         by_width = {k.partition("_")[2] for k in losses if k.endswith(":")}
-        assert by_width == {"split": {"16:", "32:"}, "single": {"16:"}}.get(recipe, by_width)
-        if recipe in ("split", "single"):
+        assert by_width == {"lean": {"16:", "32:"}, "split": {"16:", "32:"}, "single": {"16:"}}.get(recipe, by_width)
+        if recipe in ("lean", "split", "single"):
             assert float(losses["loss"]) == pytest.approx(sum(float(losses[f"loss_{w[:-1]}"]) for w in by_width))
         full = sum(step.flops(None, n * ranks.T) for n, whole in seen if whole)
         narrow = sum(step.flops(model.config.levels[0], n * ranks.T) for n, whole in seen if not whole)

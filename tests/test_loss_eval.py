@@ -33,16 +33,22 @@ def test_cross_entropy_and_gradients_equal_the_plain_ones():
     torch.testing.assert_close(each, F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none"))
 
 
-def test_distillation_and_gradients_equal_the_plain_ones():
+@pytest.mark.parametrize("text", [0.0, 0.3, 1.0])
+def test_distillation_and_gradients_equal_the_plain_ones(text):
+    """Also of a mean of both: what the text says and what the teacher does."""
     h, w, y, teacher = problem()
     log_p = torch.log_softmax(head_logits(h, w, CAP), -1)
     log_q = torch.log_softmax(head_logits(teacher, w.detach(), CAP), -1)
     each = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)[y >= 0]
-    want, got = each.mean(), head_loss(h, w, y, CAP, teacher)
+    want = (1 - text) * each.mean() + text * head_loss(h, w, y, CAP)
+    got = head_loss(h, w, y, CAP, teacher, text=text)
     torch.testing.assert_close(got, want)
     for a, b in zip(torch.autograd.grad(got, (h, w)), torch.autograd.grad(want, (h, w))):
         torch.testing.assert_close(a, b)
-    assert head_loss(teacher, w, y, CAP, teacher).item() == pytest.approx(0, abs=1e-12)
+    alone = (text * head_loss(teacher, w, y, CAP)).item()
+    assert head_loss(teacher, w, y, CAP, teacher, text=text).item() == pytest.approx(alone, abs=1e-12)
+    each = head_loss(h, w, y, CAP, teacher, "none", text)
+    assert each.sum().item() / int((y >= 0).sum()) == pytest.approx(got.item()) and not each[y.flatten() < 0].any()
 
 
 def test_bf16_is_near_fp64():

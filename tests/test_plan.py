@@ -70,6 +70,7 @@ def test_flops_of_a_step():
         p.requires_grad_(True)
     whole = plan_tables.step_flops(model)
     assert 2 * whole["full"] == pytest.approx(3 * sum(forward.values()))
+    assert 2 * whole["teacher"] == pytest.approx(sum(forward.values()) + forward["head"])
     narrow = 3 * (model.cost("ghost", context)["dynamic"].flops + forward["static"] + forward["head"])
     assert narrow < 2 * whole["narrow"] < 2 * whole["full"]
     base = 2 * sum(p.numel() for n, p in model.named_parameters() if re.search(r"attn\.c_|lm_head|h\.[02]\.mlp", n))
@@ -203,6 +204,16 @@ def test_d32_knows_which_data_is_downloaded(tmp_path):
         assert done.returncode == (2 if hub else 0) and ("the training data" in done.stderr) == hub, (data, done)
         assert not data or hub == any(source != "embedded" and not Path(source.replace("~", str(tmp_path))).exists()
                                       for _, source in mixture.parse(data))
+
+
+def test_d32_trains_as_long_as_the_first_plan(d32):
+    """The script's steps are what the plan's hours buy, to a percent."""
+    text = (ROOT / "dev/speedrun_d32.sh").read_text()
+    args = types.SimpleNamespace(gpu="H100", mfu=0.4, gpus=8, price=3.0, tokens=None, tokens_per_param=20)
+    batch = int(re.search(r"TOTAL_BATCH=\$\{TOTAL_BATCH:-(\d+)\}", text)[1])
+    for stage in d32:
+        steps = int(re.search(rf"STAGE{stage.number}_STEPS=\$\{{STAGE{stage.number}_STEPS:-(\d+)\}}", text)[1])
+        assert steps * batch == pytest.approx(plan_tables.training(stage, args)["tokens_in_first_hours"], rel=0.01)
 
 
 def test_d32_knows_its_disk(d32):

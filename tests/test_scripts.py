@@ -392,7 +392,7 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
         fails(capsys, fractal_train.main, ["--checkpoint", hybrid, *docs, "--matryoshka", "--sample-dim", "--recipe", recipe,
                                            "--draft-exit", "2"], f"{recipe} has none", "choose --recipe both, every, half")
     fails(capsys, fractal_train.main, ["--checkpoint", hybrid, *docs, "--matryoshka", "--sample-dim", "--device-batch-size",
-                                       "1"], "split needs at least two rows", "--recipe both")
+                                       "1"], "lean needs at least two rows", "--recipe both")
     fails(capsys, fractal_eval.main, ["--checkpoint", hybrid, "--eval-tokens", "0"], "at least 1")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "auto", "-p", "x"], "needs trained controls")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "-p", "x", "--trace", "--max-tokens", "0"], "--max-tokens is 0")
