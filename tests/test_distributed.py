@@ -103,28 +103,29 @@ def test_each_pass_of_a_step_draws_for_itself_on_all_ranks_alike(monkeypatch):
     ("both", [[(4, True), (1, False), (3, False)]] * 3),
     ("every", [[(4, True), (1, False), (3, False)], [(4, True)], [(4, True), (1, False), (3, False)]]),
     ("half", [[(4, True), (2, False)]] * 3),
-    ("lean", [[(2, True), (2, False), (2, True)]] * 3),  # the first without gradients
+    ("lean", [[(2, None), (2, False), (2, True)]] * 3),
     ("split", [[(2, False), (2, True)]] * 3),
     ("single", [[(4, False)]] * 3)])
 def test_a_recipe_makes_the_passes_it_promises(recipe, passes, monkeypatch):
-    """Rows of each pass, and whether it is a full one; at widths that are never all the top one."""
+    """Rows of each pass, and whether it is a full one (None: without gradients); at widths that are never the top one."""
     monkeypatch.setattr(loss_eval, "sample_levels", lambda levels, n, g: [levels[0]] * n)
     model = ranks.start_model("unfrozen")[0]
     stages.set_trained(model, "unfrozen", gate=recipe in TAUGHT)
     step, seen, hidden = ElasticStep(model, 0, 9, recipe, student_every=2), [], model.hidden
-    monkeypatch.setattr(model, "hidden", lambda idx, widths=None, *a: seen.append((len(idx), widths is None))
-                        or hidden(idx, widths, *a))
+    monkeypatch.setattr(model, "hidden", lambda idx, widths=None, *a: seen.append(
+        (len(idx), widths is None if torch.is_grad_enabled() else None)) or hidden(idx, widths, *a))
     x = torch.randint(64, (4, ranks.T))
     for number, want in enumerate(passes):
         losses = step(number, x, x, Share(1.0, 1.0, 1.0))
         flops = losses["flops"]
         assert seen == want, number
         by_width = {k.partition("_")[2] for k in losses if k.endswith(":")}
-        assert by_width == {"lean": {"16:", "32:"}, "split": {"16:", "32:"}, "single": {"16:"}}.get(recipe, by_width)
+        assert by_width == {"lean": {"8:", "32:"}, "split": {"8:", "32:"}, "single": {"8:"}}.get(recipe, by_width)
         if recipe in ("lean", "split", "single"):
             assert float(losses["loss"]) == pytest.approx(sum(float(losses[f"loss_{w[:-1]}"]) for w in by_width))
-        full = sum(step.flops(None, n * ranks.T) for n, whole in seen if whole)
-        narrow = sum(step.flops(model.config.levels[0], n * ranks.T) for n, whole in seen if not whole)
+        full = sum(step.flops(None, n * ranks.T) if whole else step.looking_flops() * n * ranks.T
+                   for n, whole in seen if whole is not False)
+        narrow = sum(step.flops(model.config.levels[0], n * ranks.T) for n, whole in seen if whole is False)
         assert full + narrow <= flops <= full + 2 * narrow  # one row of four is a level wider from somewhere on
         seen.clear()
 
