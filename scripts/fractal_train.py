@@ -106,7 +106,8 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
     if args.export and args.fresh:
         raise ValueError("--fresh deletes the checkpoints that --export is to write from: drop one of them")
     if args.draft_exit is not None and args.matryoshka and args.recipe not in TAUGHT:
-        raise ValueError(f"--draft-exit learns what a teacher says, and --recipe {args.recipe} has none: drop --draft-exit, "
+        raise ValueError("--draft-exit learns what the full pass of the same rows says, and a step of --recipe "
+                         f"{args.recipe} has none: drop --draft-exit, "
                          f"or choose --recipe {', '.join(r for r in RECIPES if r in TAUGHT)}")
     if args.student_every < 1:
         raise ValueError(f"--student-every is {args.student_every}; it must be at least 1")
