@@ -54,7 +54,8 @@ class ElasticStep:
         assert draft_exit is None or recipe is None or recipe in TAUGHT, "drafts have a teacher"
         self.model, self.seed, self.steps, self.recipe, self.sample = model, seed, steps, recipe, sample
         self.levels, self.every, self.energy_weight = levels or model.config.levels, student_every, energy_weight
-        self.draft_exit, self._flops = draft_exit, {}
+        self.draft_exit, self._flops, self._looking = draft_exit, {}, None
+        self.context = (model.config.sequence_len + 1) / 2  # of a token, on average
 
     def __call__(self, step: int, x: torch.Tensor, y: torch.Tensor, share: Share) -> dict:
         model, config, (rows, T), (rank, world) = self.model, self.model.config, x.shape, get_rank()
@@ -126,10 +127,10 @@ class ElasticStep:
 
     def looking_flops(self) -> float:
         """Of a token in a teacher's forward pass, whose logits the student compares with anew."""
-        if "looking" not in self._flops:
-            cost = self.model.cost(context=(self.model.config.sequence_len + 1) / 2)
-            self._flops["looking"] = sum(c.flops for c in cost.values()) + cost["head"].flops
-        return self._flops["looking"]
+        if self._looking is None:
+            cost = self.model.cost(context=self.context)
+            self._looking = sum(c.flops for c in cost.values()) + cost["head"].flops
+        return self._looking
 
     def flops(self, widths, tokens: int) -> float:
         """Of a pass over so many tokens, forward and backward."""
@@ -138,5 +139,5 @@ class ElasticStep:
             return sum(self.flops(w, n) for w, n in zip(each.tolist(), count.tolist()))
         key = tuple(widths) if isinstance(widths, list) else widths
         if key not in self._flops:
-            self._flops[key] = pass_flops(self.model, widths, (self.model.config.sequence_len + 1) / 2)
+            self._flops[key] = pass_flops(self.model, widths, self.context)
         return self._flops[key] * tokens

@@ -263,7 +263,7 @@ class GPT(nn.Module):
         """
         if cache is not None:
             cache.catch_up(first, last)
-            if (active is None or active is False) and (run := cache.compiled_run(x, levels[first:last])):
+            if not isinstance(active, torch.Tensor) and (run := cache.compiled_run(x, levels[first:last])):
                 return run(first, last, idx, x, levels, rope, cache, write_only=active is False)
         for i, block in enumerate(self.transformer.h[first:last], first):
             level = levels[i]

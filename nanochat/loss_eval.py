@@ -32,10 +32,7 @@ GATE_TOKENS = 16  # of a row, that the gate learns from in a pass (`python -m sc
 def head_logits(h: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
     """h (..., D), weight (V, D) -> softcap * tanh(h weight^T / softcap), (..., V), fp32."""
     wide = torch.promote_types(h.dtype, torch.float32)
-    logits = sliced_linear(h, weight, len(weight)).to(wide)
-    if torch.is_grad_enabled():
-        return torch.tanh(logits / softcap) * softcap
-    return logits.div_(softcap).tanh_().mul_(softcap)
+    return torch.tanh(sliced_linear(h, weight, len(weight)).to(wide) / softcap) * softcap
 
 
 class _HeadLoss(torch.autograd.Function):

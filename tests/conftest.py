@@ -47,3 +47,13 @@ def hybrid(hybrid_config):
 @pytest.fixture
 def tokens():
     return torch.randint(300, (2, 48), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def same_start():
+    """The same seed for each test; and one thread: on tiny sizes others only wait for each other, long on a busy machine."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

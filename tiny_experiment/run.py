@@ -206,6 +206,8 @@ def train_in_parallel(seed: int, s: Settings, between) -> tuple:
 
 class Judge:
     """A set of instances and what a policy makes of them."""
+    PIECE = 450  # instances in a pass, of like length: padding costs as much as text, and what a cache holds is faster
+
     def __init__(self, model, encoder: Encoder, instances: list):
         self.model, self.instances = model, instances
         self.x, self.y, self.starts = encoder.batch(instances)
@@ -213,9 +215,8 @@ class Judge:
         t = torch.arange(self.x.size(1))
         self.behind = t >= self.starts[:, None] - 1
         self.answer = self.y >= 0
+        self.ends = len(t) - self.answer.flip(1).int().argmax(1)  # how many tokens a text has
         self.difficulty = {d: torch.tensor([i.difficulty == d for i in instances]) for d in DIFFICULTIES}
-
-    PIECE = 450  # instances in a pass, of like length: padding costs as much as text, and what a cache holds is faster
 
     @torch.no_grad()
     def __call__(self, widths=None, depth: int | torch.Tensor | None = None, control=None, extra: float = 0.0) -> dict:
@@ -232,9 +233,8 @@ class Judge:
         if not isinstance(widths, torch.Tensor):
             widths = torch.tensor(self.model.resolve_widths(widths)).expand(n, -1)
         depth = torch.as_tensor(c.n_block if depth is None else depth).expand(n, T)
-        ends = T - self.answer.flip(1).int().argmax(1)
-        for rows in ends.argsort(stable=True).split(self.PIECE):
-            t = int(ends[rows].max())
+        for rows in self.ends.argsort(stable=True).split(self.PIECE):
+            t = int(self.ends[rows].max())
             for name, value in self._pass(rows, t, widths[rows], depth[rows, :t], control, extra).items():
                 if name == "depth":
                     out[name][rows, :t] = value

@@ -89,7 +89,7 @@ template <class A, class B> inline float dot(int64_t n, const A* a, const B* b) 
 
 // Memory of the calling thread that stays for its next call: one piece per slot, 64 bytes aligned, contents undefined.
 template <class T> T* scratch(int slot, int64_t count) {
-    static thread_local std::vector<char> memory[12];
+    static thread_local std::vector<char> memory[11];
     auto& m = memory[slot];
     if (m.size() < count * sizeof(T) + 64) m.resize(count * sizeof(T) + 64);
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(m.data()) + 63) & ~uintptr_t(63));
@@ -286,8 +286,8 @@ void attend(const float* q, const T* k, const T* v, const int16_t* heads, int64_
 template <class P, class T = typename P::Stored>
 void attention(const T* x, T* out, const T* wq, const T* wk, const T* wv, const T* wo, const T* gate, const T* value,
                const int64_t* ids, const float* cos, const float* sin, T* keys, T* values, const int16_t* heads,
-               const int64_t* row, const int64_t* position, int64_t n, int64_t d, int64_t x_stride, int64_t w_stride, int64_t hd,
-               int64_t group, int64_t gate_in, int64_t value_stride, int64_t rope_rows, int64_t row_stride,
+               const int64_t* row, const int64_t* position, int64_t n, int64_t d, int64_t x_stride, int64_t w_stride,
+               int64_t hd, int64_t group, int64_t gate_in, int64_t value_stride, int64_t rope_rows, int64_t row_stride,
                int64_t head_stride, int64_t length, int64_t write_only, float d_ref, float eps) {
     const int64_t n_head = d / hd, n_kv = (n_head + group - 1) / group, d_kv = n_kv * hd;
     const auto* u = inputs<P>(1, x, x_stride, n, d, d_ref, eps);
@@ -595,9 +595,9 @@ void blocks(const Block<T>* all, const Sizes* sizes, T* x, const int64_t* ids, c
             T* u = scratch<T>(8, n * s.D);
             norm<P>(x, u, n, s.D, d_ref, eps);
             T* projected = b.projected ? b.projected : scratch<T>(9, n * width);
-            mamba<P>(u, b.in_proj + (write_only ? s.d_inner * s.D : 0), b.out_proj, y, projected, b.conv_before, b.conv_after,
-                     b.ssm_before, b.ssm_after, b.conv_w, b.conv_b, b.dt_bias, b.A_log, b.D, b.norm_w, n, tokens, s.D,
-                     s.d_inner, s.H, s.N, s.G, s.K, s.D, s.conv_stride, s.ssm_stride, write_only, mixer_eps);
+            mamba<P>(u, b.in_proj + (write_only ? s.d_inner * s.D : 0), b.out_proj, y, projected, b.conv_before,
+                     b.conv_after, b.ssm_before, b.ssm_after, b.conv_w, b.conv_b, b.dt_bias, b.A_log, b.D, b.norm_w, n,
+                     tokens, s.D, s.d_inner, s.H, s.N, s.G, s.K, s.D, s.conv_stride, s.ssm_stride, write_only, mixer_eps);
         } else {
             attention<P>(x, y, b.wq, b.wk, b.wv, b.wo, b.gate, b.table, ids, cos, sin, b.keys, b.values, b.heads, row,
                          position, n, b.d, s.D, s.top, s.hd, s.group, s.gate_in, s.table_stride, rope_rows, s.row_stride,
