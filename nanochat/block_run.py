@@ -13,7 +13,7 @@ from nanochat.cpu_decode import operator
 from nanochat.mamba_block import NORM_EPS
 
 # csrc/decode.cpp's struct Block: its words, and those that change from call to call
-WORDS, LEVEL, KEYS, PROJECTED = 26, 1, 10, 21
+WORDS, LEVEL, KEYS, HEADS, PROJECTED = 26, 1, 10, 12, 21
 SIZES = ("D", "top", "hd", "group", "gate_in", "table_stride", "row_stride", "head_stride", "length", "d_inner", "H", "N",
          "G", "K", "conv_stride", "ssm_stride")
 _runs = weakref.WeakKeyDictionary()  # looking up a small model's weights takes as long as a token
@@ -62,6 +62,7 @@ class BlockRun:
             self.gate.extend([*(place(model, f"gate.{name}", torch.float32) for name in (
                 "c_fc.weight", "point.weight", "c_proj.weight", "c_proj.bias")), _place(self.points),
                 model.gate.c_fc.out_features])
+        self.table = place(model, "transformer.wte.weight")
         self.state = self._state()
 
     def _state(self) -> list:
@@ -80,71 +81,87 @@ class BlockRun:
         if known is None or known._stale():
             known = _runs[model] = cls(model)
         run = copy.copy(known)
-        run.words, run.sizes = run.words[:], run.sizes[:]
+        run.words, run.sizes, run.held = run.words[:], run.sizes[:], [(None, None)] * len(run.blocks)
         return run
 
-    def takes(self, x: torch.Tensor, levels: list) -> bool:
-        """Whether it runs states x (B, T, D) for which cpu_decode.serves holds through blocks of these levels."""
-        return self.able and x.dtype == self.dtype and all(type(d) is int for d in levels)
+    def takes(self, dtype: torch.dtype, levels: list) -> bool:
+        """Whether it takes states of this type, where cpu_decode.serves_tokens does, through blocks of these levels."""
+        return self.able and dtype == self.dtype and all(type(d) is int for d in levels)
 
-    def __call__(self, first: int, last: int, idx: torch.Tensor, x: torch.Tensor, levels: list, rope, cache,
+    def __call__(self, first: int, last: int, idx: torch.Tensor, x: torch.Tensor | None, levels: list, cache,
                  write_only: bool = False) -> torch.Tensor:
         """
         Blocks first, ..., last - 1 for the chunk that the cache expects: arguments and result as GPT.run's. write_only: the
         blocks only write their memory, and x comes back.
         """
-        return self._run(first, last, idx, x, levels, rope, cache, write_only)[0]
+        return self._run(first, last, idx, x, levels, cache, write_only)[0]
 
-    def ahead(self, first: int, last: int, idx, x, levels, rope, cache, bar) -> tuple[torch.Tensor, int, bool, float]:
+    def ahead(self, first: int, last: int, idx, x, levels, cache, bar) -> tuple[torch.Tensor, int, bool, float]:
         """
         Likewise for a single token of a model with a gate, but only up to the first exit point at which bar, two thresholds
         (see Controls), gives a control something to decide: the states there, how many blocks are done, whether there is
         something, and how sure the gate was when last asked.
         """
-        return self._run(first, last, idx, x, levels, rope, cache, False, _place(self.gate), *bar)
+        return self._run(first, last, idx, x, levels, cache, False, _place(self.gate), *bar)
 
-    def _run(self, first, last, idx, x, levels, rope, cache, write_only, gate=None, leave=0.0, expand=0.0):
-        records = self._place_memory(first, last, x, levels, cache, write_only)
-        x = x.contiguous() if write_only else x.clone(memory_format=torch.contiguous_format)
-        (cos, sin), (row, position), idx = rope, cache.chunk.places(), idx.long().contiguous()
+    def _run(self, first, last, idx, x, levels, cache, write_only, gate=None, leave=0.0, expand=0.0):
+        c, chunk, n = self.config, cache.chunk, idx.numel()
+        if first == 0:
+            low, high = (idx.item(),) * 2 if n == 1 else (int(i) for i in idx.aminmax())
+            if not 0 <= low <= high < c.vocab_size:
+                raise IndexError(f"the token ids from {low} to {high} do not fit the vocabulary of {c.vocab_size}")
+        idx, x = idx.long().contiguous(), x if x is None or not write_only else x.contiguous()
+        out = x if write_only else torch.empty(*idx.shape, c.n_embd, dtype=self.dtype)
+        if not write_only and first:
+            out.copy_(x)
+        records = self._place_memory(first, last, out, levels, cache, write_only)
+        if chunk.uniform:
+            (cos, sin), row, position, angles = chunk.tables, None, None, chunk.T
+            offset = chunk.start * cos.size(-1) * cos.element_size()
+        else:
+            (cos, sin), (row, position), angles, offset = chunk.rope, (t.data_ptr() for t in chunk.places), n, 0
         reached, sure = array("q", [0, 0]), array("f", [0])
         operator("blocks", self.dtype)(
-            _place(self.words), _place(self.sizes), x.data_ptr(), idx.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            row.data_ptr(), position.data_ptr(), gate, _place(reached), _place(sure), idx.numel(), idx.size(1), first, last,
-            len(self.blocks), cos.numel() // cos.size(-1), write_only, leave, expand, self.config.d_ref,
-            self.config.norm_eps, NORM_EPS)
+            _place(self.words), _place(self.sizes), out.data_ptr(), idx.data_ptr(), self.table, cos.data_ptr() + offset,
+            sin.data_ptr() + offset, row, position, gate, _place(reached), _place(sure), n, chunk.T, chunk.start, first,
+            last, len(self.blocks), angles, write_only, leave, expand, c.d_ref, c.norm_eps, NORM_EPS)
         for mixer, state, projected in records:
             mixer._record_step(state, projected)
-        return x, reached[0], bool(reached[1]), sure[0]
+        return out, reached[0], bool(reached[1]), sure[0]
 
     def _place_memory(self, first, last, x, levels, cache, write_only) -> list:
-        """Writes the words that change; what Mamba states under a checkpoint are to remember of this call."""
-        words, records, head_dim = self.words, [], self.config.head_dim
-        k = conv = None
+        """
+        Writes the words that change; what Mamba states under a checkpoint are to remember of this call. held: the memory
+        whose places are written, per block.
+        """
+        words, held, records, head_dim = self.words, self.held, [], self.config.head_dim
         for i in range(first, last):  # before anything changes
-            if words[i * WORDS]:
+            if words[i * WORDS] and cache.views[i].state._record is not None:
                 cache.views[i].state._check_room(x.size(1))
         for i in range(first, last):
             at, view, level = i * WORDS, cache.views[i], levels[i]
             words[at + LEVEL] = level
             if not words[at]:  # attention
                 view.mark(level // head_dim)
-                k = view.k
-                words[at + KEYS], words[at + KEYS + 1] = k.data_ptr(), view.v.data_ptr()
-                words[at + KEYS + 2] = 0 if view.heads is None else view.heads.data_ptr()
-            else:
-                state, place = view.state, 0
-                conv, ssm = state._go_on()
-                if state._record is not None:
-                    mixer = self.blocks[i].mamba
-                    projected = x.new_empty(*x.shape[:2], mixer.in_proj.out_features - (mixer.d_inner if write_only else 0))
-                    records.append((mixer, state, projected))
-                    place = projected.data_ptr()
-                words[at + PROJECTED:at + WORDS] = array("q", (
-                    place, conv.data_ptr(), state.conv_state.data_ptr(), ssm.data_ptr(), state.ssm_state.data_ptr()))
-        if k is not None:
-            self.sizes[6:9] = array("q", (k.stride(0), k.stride(1), k.size(2)))
-        if conv is not None:
+                k, v = view.k, view.v
+                if held[i][0] is not k or held[i][1] is not v:
+                    held[i] = k, v
+                    words[at + KEYS:at + KEYS + 2] = array("q", (k.data_ptr(), v.data_ptr()))
+                    self.sizes[6:9] = array("q", (k.stride(0), k.stride(1), k.size(2)))
+                words[at + HEADS] = 0 if view.heads is None else view.heads.data_ptr()
+                continue
+            state, place = view.state, 0
+            if state._record is None and held[i][0] is state.conv_state and held[i][1] is state.ssm_state:
+                continue
+            conv, ssm = state._go_on()
+            held[i] = (None, None) if state._record is not None else (conv, ssm)
+            if state._record is not None:
+                mixer = self.blocks[i].mamba
+                projected = x.new_empty(*x.shape[:2], mixer.in_proj.out_features - (mixer.d_inner if write_only else 0))
+                records.append((mixer, state, projected))
+                place = projected.data_ptr()
+            words[at + PROJECTED:at + WORDS] = array("q", (
+                place, conv.data_ptr(), state.conv_state.data_ptr(), ssm.data_ptr(), state.ssm_state.data_ptr()))
             self.sizes[14:] = array("q", (conv.stride(0), ssm.stride(0)))
         return records
 

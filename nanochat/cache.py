@@ -7,11 +7,12 @@ positions that have that head (DESIGN 7); while a block's width never changes th
 """
 import copy
 import itertools
+from functools import cached_property, lru_cache
 
 import torch
 
 from nanochat.block_run import BlockRun
-from nanochat.cpu_decode import serves
+from nanochat.cpu_decode import serves_tokens
 from nanochat.mamba_block import WINDOW, MambaState
 from nanochat.matryoshka import rope_tables
 
@@ -20,49 +21,55 @@ class Chunk:
     """
     T tokens a row that are about to be written: rows start at `starts`, and only the first lengths[r] tokens of row r are
     valid (all, if None). What the views need to know of it: `positions` (T,) or (B, T); `stop`, the end of the longest
-    row; `slots`, where each valid token goes, or None where all rows stand at one position; and who may see what.
+    row; `uniform`, whether all rows stand at one position, `start`; else `slots`, where each valid token goes; and who may
+    see what. tables: the rotary tables of all positions.
     """
-    def __init__(self, starts: list[int], T: int, lengths: list[int] | None, device):
+    def __init__(self, starts: list[int], T: int, lengths: list[int] | None, tables: tuple[torch.Tensor, torch.Tensor]):
         self.ends = [p + n for p, n in zip(starts, lengths or [T] * len(starts))]
-        self.rows, self.T, self.device = len(starts), T, device
-        self.slots, self.lengths, self.mask, self._places = None, None, None, None
-        if lengths is None and len(set(starts)) == 1:
-            self.start, self.stop = starts[0], self.ends[0]
-            self.positions = torch.arange(self.start, self.stop, device=device)
-            self.is_causal = T > 1 and self.start == 0
-            if T > 1 and self.start > 0:
-                self.mask = self.causal()
+        self.starts, self.rows, self.T, self.tables, self.device = starts, len(starts), T, tables, tables[0].device
+        self.slots, self.lengths, self.stop = None, None, max(self.ends)
+        self.uniform, self.start = lengths is None and starts.count(starts[0]) == len(starts), starts[0]
+        self.is_causal = self.uniform and T > 1 and self.start == 0
+        if self.uniform:
             return
-        start = torch.tensor(starts, device=device)[:, None]
-        self.positions = start + torch.arange(T, device=device)  # (B, T)
-        self.stop, self.is_causal = max(self.ends), False
-        self.mask = self.causal()
         if lengths is not None:
-            self.lengths = torch.tensor(lengths, device=device)
-        row, t = (self.positions < torch.tensor(self.ends, device=device)[:, None]).nonzero(as_tuple=True)
+            self.lengths = torch.tensor(lengths, device=self.device)
+        row, t = (self.positions < torch.tensor(self.ends, device=self.device)[:, None]).nonzero(as_tuple=True)
         self.slots = row, t, self.positions[row, t]  # of the valid tokens
+
+    @cached_property  # a run of blocks does without those of uniform rows
+    def positions(self) -> torch.Tensor:
+        """(T,) of uniform rows, else (B, T)."""
+        if self.uniform:
+            return torch.arange(self.start, self.stop, device=self.device)
+        return torch.tensor(self.starts, device=self.device)[:, None] + torch.arange(self.T, device=self.device)
+
+    @cached_property
+    def mask(self) -> torch.Tensor | None:
+        """`causal`, or None where queries see all, or is_causal says it."""
+        return None if self.uniform and (self.T == 1 or self.is_causal) else self.causal()
 
     def causal(self) -> torch.Tensor:
         """(1 or B, 1, T, positions) bool: a token sees the positions up to its own."""
         seen = torch.arange(self.stop, device=self.device) <= self.positions.unsqueeze(-1)
         return seen[None, None] if seen.dim() == 2 else seen[:, None]
 
-    def rope(self, tables: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of the rotary tables of all positions that belong to these tokens."""
-        if self.positions.dim() == 1:
-            return tuple(t[self.start:self.stop] for t in tables)
-        at = self.positions.clamp(max=len(tables[0]) - 1)  # of padding, which may stand beyond the end
-        return tuple(t[at] for t in tables)
+    @cached_property
+    def rope(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """These tokens' rotary tables, (T, head_dim / 2) of uniform rows, else (B, T, head_dim / 2)."""
+        if self.uniform:
+            return tuple(t[self.start:self.stop] for t in self.tables)
+        at = self.positions.clamp(max=len(self.tables[0]) - 1)  # of padding, which may stand beyond the end
+        return tuple(t[at] for t in self.tables)
 
+    @cached_property
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and position of each token, two int64 (B * T,); the position of padding is -1."""
-        if self._places is None:
-            position = self.positions.expand(self.rows, self.T).contiguous().view(-1)
-            if self.slots is not None:
-                row, t, s = self.slots
-                position = torch.full_like(position, -1).index_copy_(0, row * self.T + t, s)
-            self._places = torch.arange(self.rows, device=self.device).repeat_interleave(self.T), position
-        return self._places
+        position = self.positions.expand(self.rows, self.T).contiguous().view(-1)
+        if self.slots is not None:
+            row, t, s = self.slots
+            position = torch.full_like(position, -1).index_copy_(0, row * self.T + t, s)
+        return torch.arange(self.rows, device=self.device).repeat_interleave(self.T), position
 
 
 class KVView:
@@ -181,6 +188,13 @@ class MambaView:
         return MambaView(owner, self.state.clone())
 
 
+@lru_cache(8)  # making them takes as long as a token of a small model
+def _tables(length, head_dim, base, device):
+    """rope_tables of the first positions."""
+    with torch.inference_mode(False), torch.no_grad():
+        return rope_tables(torch.arange(length, device=device), head_dim, base)
+
+
 class MatryoshkaKVCache:
     """
     Memory for `batch` sequences of up to `length` tokens. cache[i] is block i's view; pos[r] counts the tokens that row
@@ -201,7 +215,7 @@ class MatryoshkaKVCache:
         self.chunk, self.behind = None, [0] * c.n_block
         self._late = []  # (tokens, states, levels) of the last steps, oldest first
         self._run = None
-        self._rope = rope_tables(torch.arange(length, device=device), c.head_dim, c.rope_base)
+        self._rope = _tables(length, c.head_dim, c.rope_base, device)
         for block in model.transformer.h:
             if block.kind == "attention":
                 shape = (batch, block.attn.n_kv(c.top_width), length, c.head_dim)
@@ -213,12 +227,10 @@ class MatryoshkaKVCache:
     def __getitem__(self, i: int):
         return self.views[i]
 
-    def begin(self, T: int, lengths: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def begin(self, T: int, lengths: list[int] | None = None) -> None:
         """
-        Announces a chunk of T tokens a row, of which only the first lengths[r] are valid (all, if None), and returns
-        the rotary tables of their positions (see rope_tables): (T, head_dim / 2) where all rows stand at the same, else
-        (B, T, head_dim / 2). The model calls it, then `advance`.
-        ValueError when a row would not fit.
+        Announces a chunk of T tokens a row, of which only the first lengths[r] are valid (all, if None). The model calls
+        it, then `advance`. ValueError when a row would not fit.
         """
         if lengths is not None and (len(lengths) != len(self.pos) or not 0 <= min(lengths) <= max(lengths) <= T):
             raise ValueError(f"lengths {lengths} do not fit: give one from 0 to {T} for each of {len(self.pos)} rows")
@@ -226,20 +238,19 @@ class MatryoshkaKVCache:
         if max(ends) > self.length:
             raise ValueError(f"{max(ends)} tokens do not fit the cache of {self.length}: allocate a longer one, or "
                              "give a shorter prompt")
-        self.chunk = Chunk(self.pos, T, lengths, self.device)
-        return self.chunk.rope(self._rope)
+        self.chunk = Chunk(self.pos, T, lengths, self._rope)
 
     def advance(self) -> None:
         """The announced tokens have been written by every block."""
         self.pos = self.chunk.ends
 
-    def compiled_run(self, x: torch.Tensor, levels: list) -> BlockRun | None:
-        """What runs blocks of these levels on the announced tokens' states x in one call, where that can be done."""
-        if self.chunk.lengths is not None or not serves(x):
+    def compiled_run(self, idx: torch.Tensor, levels: list) -> BlockRun | None:
+        """What runs blocks of these levels on the announced tokens idx (B, T) in one call, where that can be done."""
+        if self.chunk.lengths is not None or not serves_tokens(idx):
             return None
         if self._run is None:
             self._run = BlockRun.of(self.model)
-        return self._run if self._run.takes(x, levels) else None
+        return self._run if self._run.takes(self.model.compute_dtype, levels) else None
 
     # --- what exited tokens owe
 
@@ -253,6 +264,8 @@ class MatryoshkaKVCache:
 
     def catch_up(self, first: int, last: int) -> None:
         """Blocks first, ..., last - 1 write the memory of the tokens that owe it to them."""
+        if not any(self.behind):
+            return
         for late, some in itertools.groupby(range(first, last), self.behind.__getitem__):
             if late:
                 some = list(some)
@@ -278,23 +291,23 @@ class MatryoshkaKVCache:
                 return each[0]
             return torch.cat([torch.as_tensor(d).expand(entry[0].shape) for d, entry in zip(each, self._late)], 1)[:, n:]
         levels = [level(i) if first <= i < last else None for i in range(len(self.behind))]
-        now, self.chunk = self.chunk, Chunk([p - late for p in self.pos], late, None, self.device)
+        now, self.chunk = self.chunk, Chunk([p - late for p in self.pos], late, None, self._rope)
         self.behind[first:last] = [0] * (last - first)
-        self.model.run(first, last, idx, x, levels, self.chunk.rope(self._rope), self, active=False)
+        self.model.run(first, last, idx, x, levels, None, self, active=False)
         self.chunk = now
 
-    def reopen(self) -> tuple[int, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def reopen(self) -> tuple[int, torch.Tensor, torch.Tensor]:
         """
         Announces the deferred tokens once more, which must all have exited at one block, to be updated after all by it and
-        those behind it: that block, the tokens (B, T), their states (B, T, D), and their rotary tables as in `begin`.
+        those behind it: that block, the tokens (B, T), and their states (B, T, D).
         """
         late = max(self.behind)
         first = self.behind.index(late)
         assert late and set(self.behind[first:]) == {late} and not any(self.behind[:first]), "exits at several blocks"
         idx, x = (torch.cat([entry[j] for entry in self._late], 1)[:, -late:] for j in (0, 1))
-        self.chunk = Chunk([p - late for p in self.pos], late, None, self.device)
+        self.chunk = Chunk([p - late for p in self.pos], late, None, self._rope)
         self._forget()
-        return first, idx, x, self.chunk.rope(self._rope)
+        return first, idx, x
 
     def settle(self) -> None:
         """Every block catches up."""

@@ -203,7 +203,8 @@ class Controls:
     """
     Mode `auto` for the rows of one batch. `plan` picks their widths; it is then GPT.hidden's control, which lets tokens exit
     and rows expand, for the rows that `begin` named. A row's expansion lasts: `widths` (rows, n_block) int64 holds what its
-    next token starts with. `exits` (B, T) and `ran`, n_block levels, say how the tokens of the last pass were computed.
+    next token starts with, another tensor once one has expanded. `exits` (B, T), or a number, and `ran`, n_block levels, say
+    how the tokens of the last pass were computed.
 
     budget: share of the full model's FLOPs per token that the predictor may plan for, exits not counted; None: the one
     the checkpoint was calibrated at, or 1. Thresholds: None: the config's. score(i, x): replaces the gate, (B, T) in (0, 1)
@@ -238,7 +239,7 @@ class Controls:
         top = self.model.config.top_width
         return self.exit_threshold, self.expand_threshold if any(d != top for d in levels) else 0.0
 
-    def begin(self, rows: list[int], exits: torch.Tensor, levels: list) -> None:
+    def begin(self, rows: list[int], exits: torch.Tensor | int, levels: list) -> None:
         """
         A pass of these planned rows begins, with what it would do if nothing were decided (see GPT.hidden), for whoever
         reads `exits` and `ran` behind it.
@@ -264,7 +265,7 @@ class Controls:
         (B, T, D), planned widths (B, n_block)). acts (B, T) bool: the tokens that generate. watch(i, states, exits): looks
         on at each exit point, before a decision.
         """
-        widths = self.plan(prompts).clone()
+        widths = self.plan(prompts)
         self.begin(list(range(len(x))), None, None)
 
         def decide(i, states, exits, levels):
@@ -288,8 +289,10 @@ class Controls:
         everywhere).
         """
         if sure is not None and sure > self.exit_threshold and acts is None:  # as below, in a tenth of the time
-            self.exits, self.ran = torch.full_like(exits, i), levels
+            self.exits, self.ran = i, levels
             return self.exits, levels
+        if isinstance(exits, int):
+            exits = torch.full(x.shape[:2], exits)
         going = exits > i if acts is None else (exits > i) & acts
         sure = self.score(i, x).cpu() if sure is None else torch.full_like(exits, sure, dtype=torch.float32)
         leave = going & (sure > self.exit_threshold)
@@ -297,7 +300,7 @@ class Controls:
         if 2 * i > self.model.config.n_block:
             up = (going & ~leave & (sure < self.expand_threshold)).cumsum(1)  # (B, T) how many levels up by now
             if bool(up.any()):
-                levels = list(levels)
+                levels, self.widths = list(levels), self.widths.clone()
                 for b in range(i, len(levels)):
                     level = torch.as_tensor(levels[b]).expand(up.shape)
                     at = (torch.searchsorted(self.levels, level.contiguous()) + up).clamp(max=len(self.levels) - 1)

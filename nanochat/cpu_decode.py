@@ -16,8 +16,8 @@ from nanochat.native import library
 MAX_ROWS = 48
 
 # Numbers of pointers, sizes and floats that each takes, in this order.
-_OPERATORS = {"norm": (2, 2, 2), "linear": (3, 5, 0), "mlp": (4, 6, 2), "attention": (16, 13, 2), "mamba": (15, 12, 1),
-              "replay": (8, 9, 0), "blocks": (11, 7, 5)}
+_OPERATORS = {"norm": (2, 2, 2), "linear": (3, 5, 0), "head": (3, 5, 1), "mlp": (4, 6, 2), "attention": (16, 15, 2),
+              "mamba": (15, 12, 1), "replay": (8, 9, 0), "blocks": (12, 8, 5)}
 _SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -27,6 +27,13 @@ def serves(x: torch.Tensor, *weights: torch.Tensor) -> bool:
             and x.device.type == "cpu" and x.dtype in _SUFFIX and 0 < x.numel() <= MAX_ROWS * x.size(-1)
             and all(w.dtype == x.dtype and w.stride(-1) == 1 for w in weights)
             and not torch.is_autocast_enabled("cpu") and library() is not None)
+
+
+def serves_tokens(idx: torch.Tensor) -> bool:
+    """Whether a run of blocks (see block_run.py) takes as many tokens as idx (B, T): as `serves`, but for their states."""
+    return (not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(idx) is torch.Tensor
+            and idx.device.type == "cpu" and 0 < idx.numel() <= MAX_ROWS and not torch.is_autocast_enabled("cpu")
+            and library() is not None)
 
 
 @functools.cache
@@ -60,6 +67,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def head(x: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
+    """The capped logits of x (..., k) and weight (m, k): (..., m), fp32."""
+    y, flat = x.new_empty(*x.shape[:-1], weight.size(0), dtype=torch.float32), _rows(x)
+    operator("head", x.dtype)(flat.data_ptr(), weight.data_ptr(), y.data_ptr(), flat.size(0), flat.size(1), weight.size(0),
+                              flat.stride(0), weight.stride(0), softcap)
+    return y
+
+
 def mlp(x: torch.Tensor, c_fc: torch.Tensor, c_proj: torch.Tensor, d: int, d_ref: int, eps: float) -> torch.Tensor:
     """The update of an MLP at width d, its norm included: x (..., >= d) -> (..., d)."""
     y, flat = x.new_empty(*x.shape[:-1], d), _rows(x)
@@ -77,7 +92,7 @@ def attention(attn, x: torch.Tensor, d: int, rope, value: torch.Tensor | None, v
     y = None if write_only else x.new_empty(*x.shape[:-1], d)
     flat, gate = _rows(x), None if attn.ve_gate is None else attn.ve_gate.weight
     value = None if gate is None else _rows(value)
-    row, position = view.owner.chunk.places()
+    row, position = view.owner.chunk.places
     cos, sin = rope
     operator("attention", x.dtype)(
         flat.data_ptr(), _pointer(y), *(m.weight.data_ptr() for m in (attn.c_q, attn.c_k, attn.c_v, attn.c_proj)),
@@ -85,7 +100,7 @@ def attention(attn, x: torch.Tensor, d: int, rope, value: torch.Tensor | None, v
         _pointer(view.heads), row.data_ptr(), position.data_ptr(),
         flat.size(0), d, flat.stride(0), attn.c_q.in_features, attn.head_dim, attn.group,
         0 if gate is None else gate.size(1), 0 if value is None else value.stride(0), cos.numel() // cos.size(-1),
-        view.k.stride(0), view.k.stride(1), view.k.size(2), write_only, attn.d_ref, attn.eps)
+        view.k.stride(0), view.k.stride(1), view.k.size(2), write_only, 0, 0, attn.d_ref, attn.eps)
     return y
 
 

@@ -20,6 +20,7 @@ from nanochat.common import get_compute_dtype
 from nanochat.confidence_probe import Controls, check_trained, pad
 from nanochat.hybrid_gpt import stays_fp32
 from nanochat.matryoshka import token_flops
+from nanochat.native import library
 from nanochat.sampling import check_settings, draw_tokens
 from nanochat.speculative import MAX_DRAFT, Draft, Record, Round, Speculation, candidates, round_flops
 
@@ -37,6 +38,8 @@ def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None)
             p.data = p.data.to(dtype)
     model.compute_dtype = dtype
     model.to(device_type).eval()
+    if torch.device(device_type).type == "cpu":
+        library()  # compiled now, if it ever is, and not within the first answer
 
 
 @dataclass
@@ -150,8 +153,7 @@ class Engine:
             raise ValueError("a budget has an effect in mode 'auto' only: choose it, or leave the budget away")
         else:
             widths = torch.tensor([model.resolve_widths(m) for m in modes])  # (rows, n_block)
-        exits = torch.tensor([[n_block if d is None else d] for d in depths])
-        any_exit = bool((exits < n_block).any())
+        depths = [n_block if d is None else d for d in depths]
         stop, device = set(stop), model.device
         text = [list(p) for p in prompts]
         left = [max_tokens] * n
@@ -167,26 +169,30 @@ class Engine:
         live = list(range(n))
         cache = MatryoshkaKVCache(model, n, length)
 
-        before, levels = None, None
+        planned, levels, leave = (None, None), None, None
 
         def step():
-            nonlocal before, levels
+            nonlocal planned, levels, leave
             idx = torch.tensor([text[r][-1:] for r in live], device=device)
-            now = (widths if control is None else control.widths)[live]
-            if before is None or not torch.equal(now, before):
-                before, levels = now, model.resolve_widths(now)
-            leave, ran = exits[live], levels
+            now = live, widths if control is None else control.widths
+            if now[0] is not planned[0] or now[1] is not planned[1]:  # rows have ended or expanded
+                planned, levels = now, model.resolve_widths(now[1][live])
+                each = [depths[r] for r in live]
+                leave = each[0] if min(each) == max(each) else torch.tensor(each)[:, None]
             if control is not None:
                 control.begin(live, leave, levels)
-            h = model.hidden(idx, levels, leave if any_exit else None, cache, control=control)[:, -1]
-            if control is not None:
-                leave, ran = control.exits, control.ran
-            for i, (r, d) in enumerate(zip(live, leave[:, 0].tolist())):
-                at = tuple(w if isinstance(w, int) else int(w.expand(len(live), 1)[i, 0]) for w in ran)
-                self.traces[r].steps.append((d, at))
+            h = model.hidden(idx, levels, leave, cache, control=control)[:, -1]
+            left_at, ran = (leave, levels) if control is None else (control.exits, control.ran)
+            left_at = [left_at] * len(live) if isinstance(left_at, int) else left_at[:, 0].tolist()
+            if all(type(w) is int for w in ran):
+                ran = [tuple(ran)] * len(live)
+            else:
+                ran = list(zip(*([w] * len(live) if type(w) is int else w.expand(len(live), 1)[:, 0].tolist() for w in ran)))
+            for r, its in zip(live, zip(left_at, ran)):
+                self.traces[r].steps.append(its)
             return h
-        if control is None and not any_exit:
-            h = self._prefill(text, widths, cache)
+        if control is None and min(depths) == n_block:
+            h = self._prefill(text, widths, cache)[torch.arange(n), [len(t) - 1 for t in text]]
             for trace in self.traces if not lossless else ():  # whose steps are appended as its tokens come
                 trace.steps.append((n_block, trace.widths))
         else:
@@ -236,11 +242,10 @@ class Engine:
                 chosen = [[t] for t in draw_tokens(model.logits(step()), settings, own)]
 
     def _prefill(self, texts: list[list[int]], widths, cache) -> torch.Tensor:
-        """Runs the texts, of different lengths, into the cache; the hidden state (B, D) of each one's last token."""
+        """Runs the texts, of different lengths, into the cache; the hidden states (B, T, D)."""
         lengths = [len(t) for t in texts]
         idx, _ = pad(texts, self.model.device)
-        h = self.model.hidden(idx, widths, cache=cache, lengths=lengths if min(lengths) < idx.size(1) else None)
-        return h[torch.arange(len(texts)), torch.tensor(lengths) - 1]
+        return self.model.hidden(idx, widths, cache=cache, lengths=lengths if min(lengths) < idx.size(1) else None)
 
     def _drafts(self, modes: list, depths: list, budget, control, draft) -> list[Draft]:
         """The drafts to choose from. ValueError for what does not go with lossless decoding."""

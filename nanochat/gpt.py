@@ -169,6 +169,8 @@ class GPT(nn.Module):
             return [self.config.top_width] * n
         if isinstance(widths, (str, int)):
             return [resolve_level(widths, modes, levels)] * n
+        if isinstance(widths, list) and len(widths) == n and set(levels).issuperset(widths):
+            return widths
         if isinstance(widths, torch.Tensor):
             if widths.dim() not in (2, 3) or widths.size(-1) != n:
                 raise ValueError(f"widths of shape {tuple(widths.shape)} do not fit: give (rows, {n}) or "
@@ -185,41 +187,44 @@ class GPT(nn.Module):
     def hidden(self, idx: torch.Tensor, widths=None, exits=None, cache=None, lengths=None, control=None) -> torch.Tensor:
         """
         idx (B, T) int64 -> the normed final hidden states (B, T, D). widths: see `resolve_widths`.
-        exits: (B, T) int64 on the CPU, how many blocks update each token; the blocks behind only write its memory
-        (keys, values, Mamba state), as decoding does (DESIGN 6). None: all blocks.
+        exits: (B, T) int64 on the CPU, or a number for all, how many blocks update each token; the blocks behind only write
+        its memory (keys, values, Mamba state), as decoding does (DESIGN 6). None: all blocks.
         cache: continue from it, and advance it by T tokens, or by lengths[r] in row r, whose other tokens are padding;
         without one, a sequence starts at position 0.
         control: decides on the way. At every exit point that some token reaches, control(i, x, exits, levels) sees the
         state x (B, T, D) behind i blocks and returns exits (B, T) and the levels of all blocks, changed only from i on. A
         control with a `bar` (see Controls) is not asked where a single token's gate leaves it nothing to decide, and is told
-        the gate's answer otherwise. ValueError for a cache of another number of rows.
+        the gate's answer otherwise; its exits may be a number. ValueError for a cache of another number of rows.
         """
         c, (B, T) = self.config, idx.shape
         if cache is not None:
             if B != len(cache.pos):
                 raise ValueError(f"the cache holds {len(cache.pos)} rows, but the tokens are of {B}: give one of as many")
-            rope = cache.begin(T, lengths)
+            cache.begin(T, lengths)
+            rope = None  # the cache knows
         elif T > c.sequence_len:
             raise ValueError(f"{T} tokens do not fit the model's context of {c.sequence_len}: give a shorter text")
         else:
             rope = rope_tables(torch.arange(T, device=idx.device), c.head_dim, c.rope_base)
-        if exits is not None and (exits.shape != idx.shape or exits.min() < 1):
-            raise ValueError(f"exits must be (rows, tokens) = ({B}, {T}) and at least 1")
-        if control is not None and exits is None:
-            exits = torch.full((B, T), c.n_block)
-        first, deepest = (c.n_block,) * 2 if exits is None else (int(n) for n in exits.aminmax())
-        levels = self.resolve_widths(widths)
-        x = norm(self.embed(self.transformer.wte, idx), c.d_ref, c.norm_eps)
         bar = getattr(control, "bar", None) if idx.numel() == 1 and cache is not None and not cache.records else None
+        if exits is None:
+            exits = c.n_block if control is None or bar else torch.full((B, T), c.n_block)
+
+        def ends():
+            return (exits, exits) if isinstance(exits, int) else tuple(int(n) for n in exits.aminmax())
 
         def next_point(i):
             return next((p for p in c.exit_points if p > i), c.n_block)
+        first, deepest = ends()
+        if first < 1 or not (isinstance(exits, int) or exits.shape == idx.shape):
+            raise ValueError(f"exits must be a number, or (rows, tokens) = ({B}, {T}), and at least 1")
+        levels, x = self.resolve_widths(widths), None
         i, sure, going = 0, (), -1  # the gate's answer, where it is known; the exit point where the token is known to go on
         while i < c.n_block:
             if control is not None and i in c.exit_points and i < deepest and i != going:
                 exits, levels = control(i, x, exits, levels, *sure)
                 sure = ()
-                first, deepest = (int(n) for n in exits.aminmax())
+                first, deepest = ends()
             active, stop = None, i + 1
             if i >= deepest:
                 if cache is None:
@@ -230,12 +235,12 @@ class GPT(nn.Module):
                 active = False
             elif i >= first:
                 active = (exits > i).to(idx.device)
-            elif bar is not None and first == c.n_block and (run := cache.compiled_run(x, levels[i:])):
+            elif bar is not None and first == c.n_block and (run := cache.compiled_run(idx, levels[i:])):
                 stop = cache.settled(i)
                 if stop == i:  # what owes something catches up as far as the token surely goes
                     stop = next_point(i)
                     cache.catch_up(i, stop)
-                x, i, asked, sure = run.ahead(i, stop, idx, x, levels, rope, cache, bar(levels[i:]))
+                x, i, asked, sure = run.ahead(i, stop, idx, x, levels, cache, bar(levels[i:]))
                 sure, going = ((sure,), -1) if asked else ((), i)
                 continue
             else:
@@ -252,19 +257,23 @@ class GPT(nn.Module):
         at full width, in one pass -> their normed final hidden states (B, T, D). They must have exited at one block.
         """
         c = self.config
-        first, idx, x, rope = cache.reopen()
-        x = self.run(first, c.n_block, idx, x, [c.top_width] * c.n_block, rope, cache)
+        first, idx, x = cache.reopen()
+        x = self.run(first, c.n_block, idx, x, [c.top_width] * c.n_block, None, cache)
         return norm(x, c.d_ref, c.norm_eps)
 
     def run(self, first: int, last: int, idx, x, levels: list, rope, cache=None, active=None) -> torch.Tensor:
         """
-        Blocks first, ..., last - 1 on the tokens idx (B, T) with states x (B, T, D) -> their states behind. levels: of all
-        blocks, as `resolve_widths` gives them; rope, cache and active as in AttentionBlock.
+        Blocks first, ..., last - 1 on the tokens idx (B, T) with states x (B, T, D), unless first is 0 -> their states
+        behind. levels: of all blocks, as `resolve_widths` gives them; rope, cache and active as in AttentionBlock, but a
+        cache knows the rope of the tokens that it expects.
         """
         if cache is not None:
             cache.catch_up(first, last)
-            if not isinstance(active, torch.Tensor) and (run := cache.compiled_run(x, levels[first:last])):
-                return run(first, last, idx, x, levels, rope, cache, write_only=active is False)
+            if not isinstance(active, torch.Tensor) and (run := cache.compiled_run(idx, levels[first:last])):
+                return run(first, last, idx, x, levels, cache, write_only=active is False)
+            rope = cache.chunk.rope
+        if first == 0:
+            x = norm(self.embed(self.transformer.wte, idx), self.config.d_ref, self.config.norm_eps)
         for i, block in enumerate(self.transformer.h[first:last], first):
             level = levels[i]
             if isinstance(level, torch.Tensor) and not level.is_floating_point():

@@ -37,7 +37,7 @@ class Init:
     times `scale`. svd: the old matrix's leading `rank` singular directions, mixed anew. zero: not at all.
     std: of the new entries (lora, svd); None: that of the old ones of the same matrix, times `scale`.
     """
-    kind: str = "lora"
+    kind: str = "svd"  # by a little the best, and the least disturbing at first (dev/LOG.md)
     rank: int = 64
     std: float | None = None
     scale: float = 1.0

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from nanochat import cpu_decode
 from nanochat.confidence_probe import (
     Controls,
     calibrated_thresholds,
@@ -31,6 +32,8 @@ GATE_TOKENS = 16  # of a row, that the gate learns from in a pass (`python -m sc
 
 def head_logits(h: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
     """h (..., D), weight (V, D) -> softcap * tanh(h weight^T / softcap), (..., V), fp32."""
+    if cpu_decode.serves(h, weight):
+        return cpu_decode.head(h, weight, softcap)
     wide = torch.promote_types(h.dtype, torch.float32)
     return torch.tanh(sliced_linear(h, weight, len(weight)).to(wide) / softcap) * softcap
 

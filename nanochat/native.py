@@ -48,6 +48,7 @@ def _load(compiler: str) -> ctypes.CDLL:
         if path.stem.rpartition("-")[2] == _hash(path.read_bytes()):
             return ctypes.CDLL(str(path))
         path.unlink(missing_ok=True)
+    print0("compiling the operators of CPU decoding, which are kept for the next time (about 10 s)")
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         parts = [str(Path(tmp) / name) for name in ("decode.o", "decode.so")]

@@ -76,11 +76,9 @@ def test_the_gate_on_the_way_is_the_models(hybrid, dtype):
 
     def ahead(bar):
         cache = MatryoshkaKVCache(model, 1, 8)
-        rope = cache.begin(1)
-        x = norm(model.embed(model.transformer.wte, idx), c.d_ref, c.norm_eps)
+        cache.begin(1)
         levels = [c.levels[1]] * c.n_block
-        run = cache.compiled_run(x, levels)
-        return run.ahead(0, c.n_block, idx, x, levels, rope, cache, bar)[1:]
+        return cache.compiled_run(idx, levels).ahead(0, c.n_block, idx, None, levels, cache, bar)[1:]
 
     def look(i, x, exits, levels):
         seen.append(float(torch.sigmoid(model.gate(norm(x, c.d_ref, c.norm_eps), points.index(i)))))
@@ -123,9 +121,8 @@ def test_a_gate_that_is_sure_is_sure_of_the_same(hybrid):
                 return exits, levels
             hybrid.hidden(idx, cache=MatryoshkaKVCache(hybrid, 1, 8), control=look)
             cache = MatryoshkaKVCache(hybrid, 1, 8)
-            rope, levels = cache.begin(1), [64] * 6
-            x = norm(hybrid.embed(hybrid.transformer.wte, idx), hybrid.config.d_ref, hybrid.config.norm_eps)
-            *_, sure = cache.compiled_run(x, levels).ahead(0, 2, idx, x, levels, rope, cache, (1.0, 0.0))
+            cache.begin(1)
+            *_, sure = cache.compiled_run(idx, [64] * 6).ahead(0, 2, idx, None, [64] * 6, cache, (1.0, 0.0))
             assert abs(torch.logit(torch.tensor(sure)) - float(seen[0])) < 2e-2
 
 
@@ -156,6 +153,8 @@ def test_what_a_cache_cannot_take_is_refused_and_changes_nothing():
     cache.checkpoint(window=2)
     with pytest.raises(ValueError, match="exceed its window of 2"):
         model(ids[:, 4:7], cache=cache)
+    with pytest.raises(IndexError, match="token ids from 3 to 300 do not fit the vocabulary of 300"):
+        model(torch.tensor([[3, 300]]), cache=cache)
     cache.truncate([4])
     cache.drop_checkpoint()
     with pytest.raises(ValueError, match="the cache holds 1 rows, but the tokens are of 2"):

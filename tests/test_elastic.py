@@ -53,6 +53,7 @@ def test_an_exited_token_keeps_its_state_and_still_writes_memory(hybrid, tokens)
     exits[:, 10] = 2
     got = hybrid(tokens, exits=exits)
     h = hybrid.hidden(tokens[:, :11], exits=torch.full((B, 11), 2))[:, 10]
+    assert torch.equal(h, hybrid.hidden(tokens[:, :11], exits=2)[:, 10])  # a number for all
     torch.testing.assert_close(got[:, 10], hybrid.logits(h), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got[:, :10], hybrid(tokens)[:, :10], atol=1e-5, rtol=1e-5)
     assert (got[:, 11:] - hybrid(tokens)[:, 11:]).abs().max() > 1e-3

@@ -72,6 +72,11 @@ inline vec exp(vec x) {                 // relative error below 2e-7; saturates 
     return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
 }
 inline vec silu(vec x) { return x / (1.0f + exp(-x)); }
+inline vec tanh(vec x) {                // near 0 the quotient would lose digits
+    const vec s = x * x, e = exp(2.0f * x);
+    const vec small = x + x * s * (-1.0f / 3 + s * (2.0f / 15 + s * (-17.0f / 315 + s * (62.0f / 2835))));
+    return s < 0.04f ? small : (e - 1.0f) / (e + 1.0f);
+}
 
 // f(vector of p[i..]) is stored back to q[i..], for n values of any number
 template <class T, class F> inline void map(int64_t n, const T* p, float* q, F f) {
@@ -282,13 +287,23 @@ void attend(const float* q, const T* k, const T* v, const int16_t* heads, int64_
     for (int64_t i = 0; i < hd; i++) y[i] /= total;
 }
 
+// Where tokens stand in the cache: given one by one, or, row null, `tokens` in each row from position `start` on.
+struct Places {
+    const int64_t *rows, *positions;
+    int64_t tokens, start;
+    int64_t row(int64_t r) const { return rows ? rows[r] : r / tokens; }
+    int64_t position(int64_t r) const { return rows ? positions[r] : start + r % tokens; }
+};
+
 // ids: null, or value is a table in which the embedding of input row r is row ids[r].
 template <class P, class T = typename P::Stored>
 void attention(const T* x, T* out, const T* wq, const T* wk, const T* wv, const T* wo, const T* gate, const T* value,
                const int64_t* ids, const float* cos, const float* sin, T* keys, T* values, const int16_t* heads,
-               const int64_t* row, const int64_t* position, int64_t n, int64_t d, int64_t x_stride, int64_t w_stride,
+               const int64_t* rows, const int64_t* positions, int64_t n, int64_t d, int64_t x_stride, int64_t w_stride,
                int64_t hd, int64_t group, int64_t gate_in, int64_t value_stride, int64_t rope_rows, int64_t row_stride,
-               int64_t head_stride, int64_t length, int64_t write_only, float d_ref, float eps) {
+               int64_t head_stride, int64_t length, int64_t write_only, int64_t tokens, int64_t start, float d_ref,
+               float eps) {
+    const Places places{rows, positions, tokens, start};
     const int64_t n_head = d / hd, n_kv = (n_head + group - 1) / group, d_kv = n_kv * hd;
     const auto* u = inputs<P>(1, x, x_stride, n, d, d_ref, eps);
     auto* y = scratch<typename P::Input>(2, n * padded(d));
@@ -306,8 +321,9 @@ void attention(const T* x, T* out, const T* wq, const T* wk, const T* wv, const 
         project.wait(pieces);
         write.run(n * n_kv, [&](int64_t i) {
             const int64_t r = i / n_kv, j = i % n_kv, angle = r % rope_rows * (hd / 2);
-            const int64_t at = row[r] * row_stride + j * head_stride + position[r] * hd;
-            if (position[r] < 0) return;
+            const int64_t position = places.position(r);
+            const int64_t at = places.row(r) * row_stride + j * head_stride + position * hd;
+            if (position < 0) return;
             float *kj = k + r * d_kv + j * hd, *vj = v + r * d_kv + j * hd;
             place(kj, cos + angle, sin + angle, hd, eps, 1);
             if (gate) {
@@ -323,13 +339,14 @@ void attention(const T* x, T* out, const T* wq, const T* wk, const T* wv, const 
             write.wait(n * n_kv);
             read.run(n * n_head, [&](int64_t i) {
                 const int64_t r = i / n_head, h = i % n_head, angle = r % rope_rows * (hd / 2);
-                const int64_t at = row[r] * row_stride + h / group * head_stride;
+                const int64_t row = places.row(r), position = places.position(r);
+                const int64_t at = row * row_stride + h / group * head_stride;
                 float *qh = q + r * d + h * hd, *yh = scratch<float>(6, hd);
                 std::fill(yh, yh + hd, 0.0f);
-                if (position[r] >= 0) {
+                if (position >= 0) {
                     place(qh, cos + angle, sin + angle, hd, eps, 1 / std::sqrt(float(hd)));
-                    const int16_t* have = heads ? heads + row[r] * length : nullptr;
-                    attend(qh, keys + at, values + at, have, h, position[r] + 1, hd, yh);
+                    const int16_t* have = heads ? heads + row * length : nullptr;
+                    attend(qh, keys + at, values + at, have, h, position + 1, hd, yh);
                 }
                 for (int64_t i = 0; i < hd; i++) put_input<P>(y + r * padded(d) + h * hd + i, yh[i]);
             });
@@ -356,6 +373,21 @@ void linear(const T* x, const T* w, T* out, int64_t n, int64_t k, int64_t rows, 
     Phase phase;
 #pragma omp parallel
     multiply<P>(phase, {w, rows, k, w_stride}, u, n, [&](int64_t r, int64_t o, float s) { put(out + r * rows + o, s); });
+}
+
+// The capped logits (n, rows), fp32, of a head w (rows, k): cap * tanh(x w^T / cap).
+template <class P, class T = typename P::Stored>
+void head(const T* x, const T* w, float* out, int64_t n, int64_t k, int64_t rows, int64_t x_stride, int64_t w_stride,
+          float cap) {
+    const auto* u = inputs<P>(1, x, x_stride, n, k, 0, 0);
+    Phase phase;
+#pragma omp parallel
+    multiply<P>(phase, {w, rows, k, w_stride}, u, n, [&](int64_t r, int64_t o, float s) {
+        T rounded;
+        put(&rounded, s);
+        out[r * rows + o] = widen(rounded);
+    });
+    map(n * rows, out, out, [&](vec v, int64_t) { return cap * tanh(v / cap); });
 }
 
 template <class P, class T = typename P::Stored>
@@ -577,17 +609,18 @@ template <class T> void add(T* x, const T* y, int64_t n, int64_t D, int64_t d) {
         for (int64_t i = 0; i < d; i++) put(x + r * D + i, widen(x[r * D + i]) + widen(y[r * d + i]));
 }
 
-// The blocks from `first` up to `last` for n tokens, `tokens` in a row: x (n, D) is updated in place, or, if write_only, the
-// blocks only write their memory of it. With a gate (and one token) the run ends at the first exit point at which there is
+// The blocks from `first` up to `last` for n tokens, `tokens` in a row: x (n, D), from `table` in front of block 0, is
+// updated in place, or, if write_only, the blocks only write their memory of it. With a gate (and one token) the run ends at the first exit point at which there is
 // something to decide: the gate is surer than `leave`, or, past half of all `count` blocks, less sure than `expand`. reached
 // (2): how many blocks are done then, and whether there is; sure: the gate's answer where it was last asked.
 template <class P, class T = typename P::Stored>
-void blocks(const Block<T>* all, const Sizes* sizes, T* x, const int64_t* ids, const float* cos, const float* sin,
-            const int64_t* row, const int64_t* position, const Gate* gate, int64_t* reached, float* sure, int64_t n,
-            int64_t tokens, int64_t first, int64_t last, int64_t count, int64_t rope_rows, int64_t write_only, float leave,
-            float expand, float d_ref, float eps, float mixer_eps) {
+void blocks(const Block<T>* all, const Sizes* sizes, T* x, const int64_t* ids, const T* table, const float* cos,
+            const float* sin, const int64_t* row, const int64_t* position, const Gate* gate, int64_t* reached, float* sure, int64_t n,
+            int64_t tokens, int64_t start, int64_t first, int64_t last, int64_t count, int64_t rope_rows,
+            int64_t write_only, float leave, float expand, float d_ref, float eps, float mixer_eps) {
     const Sizes& s = *sizes;
     const int64_t width = 2 * s.d_inner + 2 * s.G * s.N + s.H;
+    for (int64_t r = 0; r < n && first == 0; r++) norm<P>(table + ids[r] * s.D, x + r * s.D, 1, s.D, d_ref, eps);
     for (int64_t i = first; i < last; i++) {
         const Block<T>& b = all[i];
         T* y = write_only ? nullptr : scratch<T>(7, n * s.D);
@@ -601,7 +634,7 @@ void blocks(const Block<T>* all, const Sizes* sizes, T* x, const int64_t* ids, c
         } else {
             attention<P>(x, y, b.wq, b.wk, b.wv, b.wo, b.gate, b.table, ids, cos, sin, b.keys, b.values, b.heads, row,
                          position, n, b.d, s.D, s.top, s.hd, s.group, s.gate_in, s.table_stride, rope_rows, s.row_stride,
-                         s.head_stride, s.length, write_only, d_ref, eps);
+                         s.head_stride, s.length, write_only, tokens, start, d_ref, eps);
         }
         if (write_only) continue;
         add(x, y, n, s.D, b.mamba ? s.D : b.d);
@@ -629,6 +662,7 @@ void blocks(const Block<T>* all, const Sizes* sizes, T* x, const int64_t* ids, c
     }
 EXPORT(norm)
 EXPORT(linear)
+EXPORT(head)
 EXPORT(mlp)
 EXPORT(attention)
 EXPORT(mamba)
