@@ -62,7 +62,7 @@ class BlockRun:
             self.gate.extend([*(place(model, f"gate.{name}", torch.float32) for name in (
                 "c_fc.weight", "point.weight", "c_proj.weight", "c_proj.bias")), _place(self.points),
                 model.gate.c_fc.out_features])
-        self.table = place(model, "transformer.wte.weight")
+        self.table, self.head = place(model, "transformer.wte.weight"), place(model, "lm_head.weight")
         self.state = self._state()
 
     def _state(self) -> list:
@@ -104,12 +104,44 @@ class BlockRun:
         """
         return self._run(first, last, idx, x, levels, cache, False, _place(self.gate), *bar)
 
+    def greedy(self, token: int, limit: int, stop, levels: list, depth: int, cache, bar=None):
+        """
+        One row's likeliest next tokens, up to `limit` or a token in `stop`: runs `token`, then each as it comes but for the
+        last, for the positions that the cache expects. depth: how many blocks update each; bar: as for `ahead`, and the gate
+        may end it before. Returns the tokens; how many blocks updated each that was run; and, where something is to be
+        decided on the way of the next, before which block, its states there (1, 1, D), and how sure the gate was, or None.
+        The cache has taken all but that one.
+        """
+        c = self.config
+        self._check_ids(token, token)
+        states, logits = torch.empty(1, limit, c.n_embd, dtype=self.dtype), torch.empty(c.vocab_size)
+        records = self._place_memory(0, len(self.blocks), states, levels, cache, False)
+        assert not records, "a cache under a checkpoint decodes token by token"
+        tokens, depths, behind, stops = array("q", bytes(8 * limit + 8)), array("q", bytes(8 * limit)), array(
+            "q", bytes(8 * len(self.blocks))), array("q", stop)
+        tokens[0] = token
+        answer = array("q", [cache.chunk.start, limit, _place(stops), len(stops), _place(tokens), _place(depths),
+                             states.data_ptr(), _place(behind), self.head, logits.data_ptr(), c.vocab_size])
+        reached, sure = array("q", [0, 0]), array("f", [0])
+        cos, sin = cache.chunk.tables
+        operator("greedy", self.dtype)(
+            _place(self.words), _place(self.sizes), _place(answer), self.table, cos.data_ptr(), sin.data_ptr(),
+            None if bar is None else _place(self.gate), _place(reached), _place(sure), len(self.blocks), depth,
+            *(bar or (0.0, 0.0)), c.softcap, c.d_ref, c.norm_eps, NORM_EPS)
+        done, at = reached
+        cache.took(done, torch.tensor([tokens[:done]], dtype=torch.long), states[:, :done], levels, behind.tolist())
+        undecided = (at, states[:, done:done + 1], sure[0]) if at else None
+        return tokens[1:done + 1].tolist(), depths[:done].tolist(), undecided
+
+    def _check_ids(self, low, high):
+        if not 0 <= low <= high < self.config.vocab_size:
+            raise IndexError(f"token ids from {low} to {high} do not fit the vocabulary of {self.config.vocab_size}")
+
     def _run(self, first, last, idx, x, levels, cache, write_only, gate=None, leave=0.0, expand=0.0):
         c, chunk, n = self.config, cache.chunk, idx.numel()
         if first == 0:
-            low, high = (idx.item(),) * 2 if n == 1 else (int(i) for i in idx.aminmax())
-            if not 0 <= low <= high < c.vocab_size:
-                raise IndexError(f"the token ids from {low} to {high} do not fit the vocabulary of {c.vocab_size}")
+            low, high = (idx.item(),) * 2 if n == 1 else map(int, idx.aminmax())
+            self._check_ids(low, high)
         idx, x = idx.long().contiguous(), x if x is None or not write_only else x.contiguous()
         out = x if write_only else torch.empty(*idx.shape, c.n_embd, dtype=self.dtype)
         if not write_only and first:

@@ -252,6 +252,25 @@ class MatryoshkaKVCache:
             self._run = BlockRun.of(self.model)
         return self._run if self._run.takes(self.model.compute_dtype, levels) else None
 
+    def greedy(self, token: int, limit: int, stop, levels: list, depth: int, bar=None):
+        """
+        BlockRun.greedy of the row that the cache holds, or None where that cannot be done: a row of its own on a CPU, no
+        checkpoint, one level for all of a block's tokens.
+        """
+        if len(self.pos) != 1 or self.records:
+            return None
+        self.begin(limit)
+        run = self.compiled_run(torch.tensor([[token]], device=self.device), levels)
+        if run is None:
+            return None
+        self.settle()
+        return run.greedy(token, limit, stop, levels, depth, self, bar)
+
+    def took(self, n: int, idx: torch.Tensor, x: torch.Tensor, levels: list, behind: list[int]) -> None:
+        """The first n of the announced tokens were run; what they owe is as in `defer`, behind[i] tokens to block i."""
+        self.pos, self.behind = [self.pos[0] + n], behind
+        self._late = [(idx, x, levels)] if any(behind) else []
+
     # --- what exited tokens owe
 
     def defer(self, first: int, idx: torch.Tensor, x: torch.Tensor, levels: list) -> None:

@@ -17,7 +17,7 @@ MAX_ROWS = 48
 
 # Numbers of pointers, sizes and floats that each takes, in this order.
 _OPERATORS = {"norm": (2, 2, 2), "linear": (3, 5, 0), "head": (3, 5, 1), "mlp": (4, 6, 2), "attention": (16, 15, 2),
-              "mamba": (15, 12, 1), "replay": (8, 9, 0), "blocks": (12, 8, 5)}
+              "mamba": (15, 12, 1), "replay": (8, 9, 0), "blocks": (12, 8, 5), "greedy": (9, 2, 6)}
 _SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 

@@ -10,6 +10,7 @@ independent: each has its own length, width, exit depth, seed and end.
     engine.traces[0].flops(model)     # what the last answer cost
 """
 import codecs
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -169,11 +170,11 @@ class Engine:
         live = list(range(n))
         cache = MatryoshkaKVCache(model, n, length)
 
-        planned, levels, leave = (None, None), None, None
+        planned, levels, leave, pace = (None, None), None, None, 1
 
-        def step():
+        def look():
+            """The live rows' levels, and after how many blocks they leave, unless a control decides otherwise."""
             nonlocal planned, levels, leave
-            idx = torch.tensor([text[r][-1:] for r in live], device=device)
             now = live, widths if control is None else control.widths
             if now[0] is not planned[0] or now[1] is not planned[1]:  # rows have ended or expanded
                 planned, levels = now, model.resolve_widths(now[1][live])
@@ -181,7 +182,12 @@ class Engine:
                 leave = each[0] if min(each) == max(each) else torch.tensor(each)[:, None]
             if control is not None:
                 control.begin(live, leave, levels)
-            h = model.hidden(idx, levels, leave, cache, control=control)[:, -1]
+
+        def step(idx=None, resume=None):
+            look()
+            if idx is None:
+                idx = torch.tensor([text[r][-1:] for r in live], device=device)
+            h = model.hidden(idx, levels, leave, cache, control=control, resume=resume)[:, -1]
             left_at, ran = (leave, levels) if control is None else (control.exits, control.ran)
             left_at = [left_at] * len(live) if isinstance(left_at, int) else left_at[:, 0].tolist()
             if all(type(w) is int for w in ran):
@@ -191,15 +197,37 @@ class Engine:
             for r, its in zip(live, zip(left_at, ran)):
                 self.traces[r].steps.append(its)
             return h
+
+        def several():
+            """A single row's next tokens in one call, where decoding is greedy, and as many as take 20 ms; or None."""
+            nonlocal pace
+            if len(live) > 1 or temperature or (control is not None and control.bar is None):
+                return None
+            look()
+            r, began = live[0], time.perf_counter()
+            out = cache.greedy(text[r][-1], min(left[r], length - cache.pos[0], pace), stop, levels, leave,
+                               control and control.bar(levels))
+            if out is None:
+                return None
+            tokens, left_at, undecided = out
+            self.traces[r].steps += [(d, tuple(levels)) for d in left_at]
+            if undecided is not None:
+                idx = torch.tensor([[(text[r] + tokens)[-1]]], device=device)
+                tokens += draw_tokens(model.logits(step(idx, undecided)), settings, generators[r:r + 1])
+            pace = 1 + int(0.02 * len(tokens) / (time.perf_counter() - began))
+            return [tokens]
+
+        def following(own):
+            return several() or [[t] for t in draw_tokens(model.logits(step()), settings, own)]
         if control is None and min(depths) == n_block:
             h = self._prefill(text, widths, cache)[torch.arange(n), [len(t) - 1 for t in text]]
             for trace in self.traces if not lossless else ():  # whose steps are appended as its tokens come
                 trace.steps.append((n_block, trace.widths))
+            chosen = [[t] for t in draw_tokens(model.logits(h), settings, generators)]
         else:
             if max(map(len, text)) > 1:
                 self._prefill([t[:-1] for t in text], widths, cache)
-            h = step()
-        chosen = [[t] for t in draw_tokens(model.logits(h), settings, generators)]
+            chosen = following(generators)
         while live:
             stay, kept = [], [[] for _ in live]
             for i, (r, tokens) in enumerate(zip(live, chosen)):
@@ -239,7 +267,7 @@ class Engine:
                 last = torch.tensor([text[r][-1:] for r in live], device=device)
                 chosen = self.speculation(cache, live, last, own, max(left[r] for r in live))
             else:
-                chosen = [[t] for t in draw_tokens(model.logits(step()), settings, own)]
+                chosen = following(own)
 
     def _prefill(self, texts: list[list[int]], widths, cache) -> torch.Tensor:
         """Runs the texts, of different lengths, into the cache; the hidden states (B, T, D)."""

@@ -175,6 +175,8 @@ class GPT(nn.Module):
             if widths.dim() not in (2, 3) or widths.size(-1) != n:
                 raise ValueError(f"widths of shape {tuple(widths.shape)} do not fit: give (rows, {n}) or "
                                  f"(rows, tokens, {n})")
+            if len(widths) == 1 and widths.dim() == 2:
+                return self.resolve_widths(widths[0].tolist())
             for level in widths.unique().tolist():
                 resolve_level(level, modes, levels)
             each = (widths if widths.dim() == 3 else widths[:, None]).unbind(-1)
@@ -184,7 +186,8 @@ class GPT(nn.Module):
             raise ValueError(f"{len(widths)} widths were given for {n} blocks")
         return [w if isinstance(w, torch.Tensor) else resolve_level(w, modes, levels) for w in widths]
 
-    def hidden(self, idx: torch.Tensor, widths=None, exits=None, cache=None, lengths=None, control=None) -> torch.Tensor:
+    def hidden(self, idx: torch.Tensor, widths=None, exits=None, cache=None, lengths=None, control=None,
+               resume=None) -> torch.Tensor:
         """
         idx (B, T) int64 -> the normed final hidden states (B, T, D). widths: see `resolve_widths`.
         exits: (B, T) int64 on the CPU, or a number for all, how many blocks update each token; the blocks behind only write
@@ -194,7 +197,8 @@ class GPT(nn.Module):
         control: decides on the way. At every exit point that some token reaches, control(i, x, exits, levels) sees the
         state x (B, T, D) behind i blocks and returns exits (B, T) and the levels of all blocks, changed only from i on. A
         control with a `bar` (see Controls) is not asked where a single token's gate leaves it nothing to decide, and is told
-        the gate's answer otherwise; its exits may be a number. ValueError for a cache of another number of rows.
+        the gate's answer otherwise; its exits may be a number. resume: of a single token, what BlockRun.greedy has left
+        undecided. ValueError for a cache of another number of rows.
         """
         c, (B, T) = self.config, idx.shape
         if cache is not None:
@@ -220,6 +224,8 @@ class GPT(nn.Module):
             raise ValueError(f"exits must be a number, or (rows, tokens) = ({B}, {T}), and at least 1")
         levels, x = self.resolve_widths(widths), None
         i, sure, going = 0, (), -1  # the gate's answer, where it is known; the exit point where the token is known to go on
+        if resume is not None:
+            i, x, *sure = resume
         while i < c.n_block:
             if control is not None and i in c.exit_points and i < deepest and i != going:
                 exits, levels = control(i, x, exits, levels, *sure)

@@ -20,7 +20,7 @@ import torch  # noqa: F401  (its OpenMP runtime must be loaded before ours is lo
 
 from nanochat.common import get_base_dir, print0
 
-SOURCE = Path(__file__).parent / "csrc" / "decode.cpp"
+SOURCE = Path(__file__).parent / "csrc" / "decode.cpp"  # and the headers beside it
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-Wno-psabi")
 TIMEOUT = 300  # seconds; it takes about ten
 
@@ -42,7 +42,8 @@ def library() -> ctypes.CDLL | None:
 
 def _load(compiler: str) -> ctypes.CDLL:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=TIMEOUT).stdout
-    made_from = "\0".join([SOURCE.read_text(), version, *FLAGS, _cpu()])
+    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    made_from = "\0".join([*sources, version, *FLAGS, _cpu()])
     key, folder = _hash(made_from.encode()), get_base_dir() / "native"
     for path in folder.glob(f"decode-{key}-*.so"):
         if path.stem.rpartition("-")[2] == _hash(path.read_bytes()):

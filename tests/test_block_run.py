@@ -94,10 +94,46 @@ def test_the_gate_on_the_way_is_the_models(hybrid, dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_greedy_decoding_in_one_call_is_token_by_token(kind, dtype):
+    """Widths of their own per block, all depths, calls of several lengths: tokens and memory to the last bit."""
+    model = prepared(kind, dtype)
+    c, prompt = model.config, torch.randint(300, (1, 5), generator=torch.Generator().manual_seed(3))
+    levels = [c.levels[i % len(c.levels)] for i in range(c.n_block)]
+    for depth in (c.n_block, *c.exit_points, 1):
+        caches = [MatryoshkaKVCache(model, 1, 24) for _ in range(2)]
+        for cache in caches:
+            model(prompt[:, :4], cache=cache)
+        want, got = [int(prompt[0, 4])], [int(prompt[0, 4])]
+        for _ in range(15):
+            h = model.hidden(torch.tensor([want[-1:]]), levels, depth, caches[0])
+            want.append(int(model.logits(h).argmax()))
+        for limit in (1, 6, 8):
+            tokens, depths, undecided = caches[1].greedy(got[-1], limit, (), levels, depth, None)
+            assert depths == [depth] * limit and undecided is None
+            got += tokens
+        assert got == want
+        for cache in caches:
+            cache.settle()
+        assert caches[0].pos == caches[1].pos == [19]
+        assert all(map(torch.equal, memory(caches[0]), memory(caches[1])))
+        tokens, *_ = caches[1].greedy(got[0], 5, set(range(300)), levels, depth, None)
+        assert len(tokens) == 1 and caches[1].pos == [20]  # any token is a stop
+    with pytest.raises(IndexError, match="token ids from 300 to 300 do not fit"):
+        caches[1].greedy(300, 1, (), levels, depth, None)
+    caches[1].checkpoint() if kind == "hybrid" else caches[1].append(caches[0])
+    assert caches[1].greedy(1, 1, (), levels, depth, None) is None
+
+
+@torch.no_grad()
 def test_answers_in_mode_auto_are_the_same_either_way(hybrid, monkeypatch):
-    """Tokens, depths and widths; exits and expansions both occur."""
+    """Tokens, depths and widths; exits and expansions both occur, which a call of several tokens leaves undecided."""
     prepare_inference(hybrid, "cpu", torch.float32)
+    calls, greedy = [], BlockRun.greedy
+    monkeypatch.setattr(BlockRun, "greedy", lambda *a: calls.append(greedy(*a)) or calls[-1])
     got = [answer(hybrid, [prompt], 20) for prompt in PROMPTS]
+    assert any(len(depths) > 1 for _, depths, _ in calls) and any(undecided for *_, undecided in calls)
     steps = [(step, trace.widths) for _, (trace,) in got for step in trace.steps]
     assert len({d for (d, _), _ in steps}) > 2 and any(w != planned for (_, w), planned in steps)
     one_by_one(monkeypatch)

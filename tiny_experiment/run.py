@@ -58,7 +58,7 @@ class Settings:
     control_rows: int = 128
     calibration: int = 4500  # a fifth of them says what to test
     delta: float = 0.005  # the share of answers that adaptive compute may lose
-    test: int = 900
+    test: int = 2700
     swept: int = 450  # of the test instances, for the curves
     timed: int = 90
     processes: int = 2
