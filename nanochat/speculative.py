@@ -271,8 +271,11 @@ class Speculation:
     def _plain(self, cache, live, last, generators):
         begin = time.perf_counter()
         cache.drop_checkpoint()
-        h = self.model.hidden(last, cache=cache)[:, -1]
-        tokens = draw_tokens(self.model.logits(h), self.settings, generators)
+        c, out = self.model.config, None
+        if self.settings[0] == 0:
+            out = cache.greedy(int(last[0, 0]), 1, (), [c.top_width] * c.n_block, c.n_block)
+        tokens = out[0] if out else draw_tokens(
+            self.model.logits(self.model.hidden(last, cache=cache)[:, -1]), self.settings, generators)
         seconds = time.perf_counter() - begin
         self.record.timed(self.record.plain, len(live), seconds)
         self.seconds["plain"] += seconds
