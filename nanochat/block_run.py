@@ -9,7 +9,7 @@ from array import array
 
 import torch
 
-from nanochat.cpu_decode import operator
+from nanochat.cpu_decode import DTYPES, operator
 from nanochat.mamba_block import NORM_EPS
 
 # csrc/decode.cpp's struct Block: its words, and those that change from call to call
@@ -27,7 +27,8 @@ class BlockRun:
     def __init__(self, model):
         c = self.config = model.config
         self.blocks, self.words, self.found, self.parameters = model.transformer.h, array("q"), [], []
-        self.dtype, self.able = self.blocks[0].mlp.c_fc.weight.dtype, True
+        self.dtype = self.blocks[0].mlp.c_fc.weight.dtype
+        self.able = self.dtype in DTYPES
         sizes = dict.fromkeys(SIZES, 0) | {"D": c.n_embd, "top": c.top_width}
 
         def place(root, path, dtype=self.dtype):
@@ -81,8 +82,13 @@ class BlockRun:
         if known is None or known._stale():
             known = _runs[model] = cls(model)
         run = copy.copy(known)
-        run.words, run.sizes, run.held = run.words[:], run.sizes[:], [(None, None)] * len(run.blocks)
+        run.words, run.sizes = run.words[:], run.sizes[:]
+        run.let_go()
         return run
+
+    def let_go(self) -> None:
+        """Holds none of a cache's memory: it is about to get another."""
+        self.held = [(None, None)] * len(self.blocks)
 
     def takes(self, dtype: torch.dtype, levels: list) -> bool:
         """Whether it takes states of this type, where cpu_decode.serves_tokens does, through blocks of these levels."""
@@ -114,7 +120,8 @@ class BlockRun:
         """
         c = self.config
         self._check_ids(token, token)
-        states, logits = torch.empty(1, limit, c.n_embd, dtype=self.dtype), torch.empty(c.vocab_size)
+        states = torch.empty(1, limit, c.n_embd, dtype=self.dtype, device="cpu")
+        logits = torch.empty(c.vocab_size, dtype=torch.float32, device="cpu")
         records = self._place_memory(0, len(self.blocks), states, levels, cache, False)
         assert not records, "a cache under a checkpoint decodes token by token"
         tokens, depths, behind, stops = array("q", bytes(8 * limit + 8)), array("q", bytes(8 * limit)), array(
@@ -129,13 +136,15 @@ class BlockRun:
             None if bar is None else _place(self.gate), _place(reached), _place(sure), len(self.blocks), depth,
             *(bar or (0.0, 0.0)), c.softcap, c.d_ref, c.norm_eps, NORM_EPS)
         done, at = reached
-        cache.took(done, torch.tensor([tokens[:done]], dtype=torch.long), states[:, :done], levels, behind.tolist())
+        ran = torch.tensor([tokens[:done]], dtype=torch.long, device="cpu")
+        cache.took(done, ran, states[:, :done], levels, behind.tolist())
         undecided = (at, states[:, done:done + 1], sure[0]) if at else None
         return tokens[1:done + 1].tolist(), depths[:done].tolist(), undecided
 
     def _check_ids(self, low, high):
         if not 0 <= low <= high < self.config.vocab_size:
-            raise IndexError(f"token ids from {low} to {high} do not fit the vocabulary of {self.config.vocab_size}")
+            raise ValueError(f"token ids from {low} to {high} do not fit the vocabulary of {self.config.vocab_size}: use "
+                             "the tokenizer that the model was trained with")
 
     def _run(self, first, last, idx, x, levels, cache, write_only, gate=None, leave=0.0, expand=0.0):
         c, chunk, n = self.config, cache.chunk, idx.numel()
@@ -143,7 +152,7 @@ class BlockRun:
             low, high = (idx.item(),) * 2 if n == 1 else map(int, idx.aminmax())
             self._check_ids(low, high)
         idx, x = idx.long().contiguous(), x if x is None or not write_only else x.contiguous()
-        out = x if write_only else torch.empty(*idx.shape, c.n_embd, dtype=self.dtype)
+        out = x if write_only else idx.new_empty(*idx.shape, c.n_embd, dtype=self.dtype)
         if not write_only and first:
             out.copy_(x)
         records = self._place_memory(first, last, out, levels, cache, write_only)

@@ -374,6 +374,7 @@ class MatryoshkaKVCache:
 
     def keep(self, rows: list[int]) -> None:
         """Keeps these rows, in this order; the others are gone. A checkpoint is dropped."""
+        self._let_go()
         for view in self.views:
             view.keep(rows)
         self._late = [(idx[rows], x[rows], [d if isinstance(d, int) or len(d) == 1 else d[rows] for d in levels])
@@ -384,9 +385,14 @@ class MatryoshkaKVCache:
         """Adds the rows of another cache of the same model and length. A checkpoint is dropped."""
         assert other.length == self.length, "caches of different lengths cannot be joined"
         self.settle(), other.settle()
+        self._let_go()
         for mine, its in zip(self.views, other.views):
             mine.append(its)
         self.pos, self._saved_pos = self.pos + other.pos, None
+
+    def _let_go(self) -> None:
+        if self._run is not None:
+            self._run.let_go()
 
     def clone(self) -> "MatryoshkaKVCache":
         """A copy that shares no memory, without a checkpoint."""

@@ -18,22 +18,22 @@ MAX_ROWS = 48
 # Numbers of pointers, sizes and floats that each takes, in this order.
 _OPERATORS = {"norm": (2, 2, 2), "linear": (3, 5, 0), "head": (3, 5, 1), "mlp": (4, 6, 2), "attention": (16, 15, 2),
               "mamba": (15, 12, 1), "replay": (8, 9, 0), "blocks": (12, 8, 5), "greedy": (9, 2, 6)}
-_SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def serves(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Whether the operators take x (..., k) with these weights: on a CPU, no gradients, few rows, all of one dtype."""
     return (not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(x) is torch.Tensor
-            and x.device.type == "cpu" and x.dtype in _SUFFIX and 0 < x.numel() <= MAX_ROWS * x.size(-1)
+            and x.device.type == "cpu" and x.dtype in DTYPES and 0 < x.numel() <= MAX_ROWS * x.size(-1)
             and all(w.dtype == x.dtype and w.stride(-1) == 1 for w in weights)
             and not torch.is_autocast_enabled("cpu") and library() is not None)
 
 
 def serves_tokens(idx: torch.Tensor) -> bool:
-    """Whether a run of blocks (see block_run.py) takes as many tokens as idx (B, T): as `serves`, but for their states."""
+    """Whether a run of blocks (see block_run.py) takes tokens idx (B, T), if it takes their states' dtype."""
     return (not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(idx) is torch.Tensor
-            and idx.device.type == "cpu" and 0 < idx.numel() <= MAX_ROWS and not torch.is_autocast_enabled("cpu")
-            and library() is not None)
+            and idx.device.type == "cpu" and idx.dtype in (torch.int64, torch.int32) and 0 < idx.numel() <= MAX_ROWS
+            and not torch.is_autocast_enabled("cpu") and library() is not None)
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def operator(name: str, dtype: torch.dtype):
     """The function of csrc/decode.cpp."""
     pointers, sizes, floats = _OPERATORS[name]
     types = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * sizes + [ctypes.c_float] * floats
-    address = ctypes.c_void_p.in_dll(library(), f"{name}_{_SUFFIX[dtype]}").value
+    address = ctypes.c_void_p.in_dll(library(), f"{name}_{DTYPES[dtype]}").value
     return ctypes.CFUNCTYPE(None, *types)(address)
 
 

@@ -33,6 +33,7 @@ RECIPES = {
     "single": "one pass at sampled widths, cross-entropy only, no teacher",
 }
 TAUGHT = {"both", "every", "half"}  # their full and narrow passes see the same rows, so that the gate can learn along
+EXPANDING = 0.25  # of the steps with recipe 'lean' or 'split', the share whose narrow rows expand, as in mode auto
 DEFAULT_RECIPE = "lean"  # where widths are sampled: the best at equal compute, all in all (dev/LOG.md)
 TEXT_SHARE = 0.5  # of what a narrow pass learns with recipe 'lean'; the rest is the teacher's distribution
 
@@ -47,7 +48,9 @@ class ElasticStep:
     Called with (step, x, y, share) for each pass: backpropagates, and returns its part of the step's losses. recipe: None
     (the full pass alone), one of RECIPES, or 'controls value' or 'controls gumbel' (predictor and gate alone; how the
     predictor learns). sample: sampled widths and exits instead of each level in turn. levels: the widths that students learn
-    (None: all). steps: of the run. draft_exit: also a student of full width that leaves after so many blocks.
+    (None: all). steps: of the run. draft_exit: also a student of full width that leaves after so many blocks. Losses by
+    width: 'kl_' where a teacher's graph is there, else 'narrow_', which with recipe 'lean' is half text, half teacher, and
+    'loss_', the full pass's; 'loss' is then the mean over all rows.
     """
     def __init__(self, model, seed: int, steps: int, recipe: str | None, sample: bool = True, levels=None,
                  student_every: int = 4, energy_weight: float = 1.0, draft_exit: int | None = None):
@@ -75,11 +78,13 @@ class ElasticStep:
                                        energy_weight=self.energy_weight, at=at, rank=rank, world=world, reduce=all_sum)
             return {k: v * share.passes for k, v in losses.items()}
         if self.recipe not in TAUGHT:
-            student = sample_students(config, rows, T, splits, g, 0, rank, world, self.levels)[0]
+            up = rows * world if self.recipe != "single" and float(torch.rand((), generator=g)) < EXPANDING else 0
+            student = sample_students(config, rows, T, splits, g, up, rank, world, self.levels)[0]
             whole = 0 if self.recipe == "single" else len(range(rank, rows * world // 2, world))  # of this rank's rows
             out = {"loss": 0.0, "flops": 0.0}
-            for label, at, widths, exits in ((student.label, slice(whole, rows), student.widths, student.exits[whole:]),
-                                             (config.top_width, slice(0, whole), None, None)):
+            narrow = student.widths[whole:] if isinstance(student.widths, torch.Tensor) else student.widths
+            for label, at, widths, exits in ((f"narrow_{student.label}", slice(whole, rows), narrow, student.exits[whole:]),
+                                             (f"loss_{config.top_width}", slice(0, whole), None, None)):
                 if at.stop > at.start:
                     teacher, flops = None, self.flops(widths, x[at].numel())
                     if self.recipe == "lean" and widths is not None:
@@ -89,8 +94,8 @@ class ElasticStep:
                     loss, _ = model(x[at], y[at], widths=widths, exits=exits, teacher=teacher, text=TEXT_SHARE)
                     weight = share.tokens * int((y[at] >= 0).sum()) / max(1, int((y >= 0).sum()))
                     (loss * weight).backward()
-                    for name, value in (("loss", loss.detach() * weight), (f"loss_{label}", loss.detach() * weight),
-                                        (f"loss_{label}:", weight), ("flops", flops)):
+                    for name, value in (("loss", loss.detach() * weight), (label, loss.detach() * weight),
+                                        (f"{label}:", weight), ("flops", flops)):
                         out[name] = out.get(name, 0.0) + value
             return out
         # a single pair of blocks has no exit for a gate to learn at

@@ -169,8 +169,8 @@ class GPT(nn.Module):
             return [self.config.top_width] * n
         if isinstance(widths, (str, int)):
             return [resolve_level(widths, modes, levels)] * n
-        if isinstance(widths, list) and len(widths) == n and set(levels).issuperset(widths):
-            return widths
+        if type(widths) is list and len(widths) == n and all(type(w) is int and w in levels for w in widths):
+            return widths[:]
         if isinstance(widths, torch.Tensor):
             if widths.dim() not in (2, 3) or widths.size(-1) != n:
                 raise ValueError(f"widths of shape {tuple(widths.shape)} do not fit: give (rows, {n}) or "
@@ -212,7 +212,9 @@ class GPT(nn.Module):
             rope = rope_tables(torch.arange(T, device=idx.device), c.head_dim, c.rope_base)
         bar = getattr(control, "bar", None) if idx.numel() == 1 and cache is not None and not cache.records else None
         if exits is None:
-            exits = c.n_block if control is None or bar else torch.full((B, T), c.n_block)
+            exits = c.n_block
+        if control is not None and bar is None and isinstance(exits, int):
+            exits = torch.full((B, T), exits)
 
         def ends():
             return (exits, exits) if isinstance(exits, int) else tuple(int(n) for n in exits.aminmax())

@@ -167,18 +167,19 @@ def plot(result: dict, path: Path) -> None:
     Held-out bits per byte since growth, means over seeds, one panel for each factor; a model from scratch, which begins far
     above, by where it ends.
     """
-    factors = [f for f in result["curves"] if f != "1x"]
+    factors, top = [f for f in result["curves"] if f != "1x"], statistics.mean(result["before"]) + 0.02
     fig, axes = plt.subplots(1, len(factors), figsize=(5.5 * len(factors), 4), squeeze=False)
     for ax, f in zip(axes[0], factors):
         for name, runs in {**result["curves"]["1x"], **result["curves"][f]}.items():
             if name.startswith("scratch"):
-                end = statistics.mean(c[-1][1] for c in runs)
-                ax.axhline(end, color="k", linestyle=":", linewidth=0.8, label=f"{name}: {end:.3f} at the end")
+                end, style = statistics.mean(c[-1][1] for c in runs), {"color": "k", "linewidth": 0.8}
+                shown = ax.axhline(end, linestyle=":", **style) if end < top else ax.plot([], [], " ")[0]
+                shown.set_label(f"{name}: {end:.3f} at the end")
                 continue
             mean = [statistics.mean(ys) for ys in zip(*([y for _, y in c] for c in runs))]
             ax.plot([x / 1e3 for x, _ in runs[0]], mean, "-o", markersize=3, label=name)
         ax.set(title=f"grown {f}", xlabel="thousand tokens since growth", ylabel="held-out bits per byte",
-               ylim=(None, statistics.mean(result["before"]) + 0.02))
+               ylim=(None, top))
         ax.legend(fontsize=7)
     fig.tight_layout()
     with atomic_write(path) as out:

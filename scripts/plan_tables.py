@@ -90,6 +90,7 @@ def step_flops(model: HybridGPT) -> dict[str, float]:
     activations are not counted, as in MFU.
     """
     c, generator = model.config, torch.Generator().manual_seed(0)
+    assert DEFAULT_RECIPE == "lean"  # whose passes these are
     step = ElasticStep(model, seed=0, steps=1, recipe=DEFAULT_RECIPE)
     draws = [step.flops(sample_levels(c.levels, c.n_block, generator), 1) for _ in range(DRAWS)]
     return {"full": step.flops(None, 1) / 2, "teacher": step.looking_flops() / 2, "narrow": sum(draws) / DRAWS / 2}

@@ -1,4 +1,5 @@
 """Runs of blocks in one compiled call: the same as block after block, and the gate that stops them as the model's own."""
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -120,7 +121,7 @@ def test_greedy_decoding_in_one_call_is_token_by_token(kind, dtype):
         assert all(map(torch.equal, memory(caches[0]), memory(caches[1])))
         tokens, *_ = caches[1].greedy(got[0], 5, set(range(300)), levels, depth, None)
         assert len(tokens) == 1 and caches[1].pos == [20]  # any token is a stop
-    with pytest.raises(IndexError, match="token ids from 300 to 300 do not fit"):
+    with pytest.raises(ValueError, match="token ids from 300 to 300 do not fit"):
         caches[1].greedy(300, 1, (), levels, depth, None)
     caches[1].checkpoint() if kind == "hybrid" else caches[1].append(caches[0])
     assert caches[1].greedy(1, 1, (), levels, depth, None) is None
@@ -189,7 +190,7 @@ def test_what_a_cache_cannot_take_is_refused_and_changes_nothing():
     cache.checkpoint(window=2)
     with pytest.raises(ValueError, match="exceed its window of 2"):
         model(ids[:, 4:7], cache=cache)
-    with pytest.raises(IndexError, match="token ids from 3 to 300 do not fit the vocabulary of 300"):
+    with pytest.raises(ValueError, match="token ids from 3 to 300 do not fit the vocabulary of 300"):
         model(torch.tensor([[3, 300]]), cache=cache)
     cache.truncate([4])
     cache.drop_checkpoint()
@@ -198,6 +199,52 @@ def test_what_a_cache_cannot_take_is_refused_and_changes_nothing():
     fresh = MatryoshkaKVCache(model, 1, 16)
     model(ids[:, :4], cache=fresh)
     assert torch.equal(model(ids[:, 4:5].int(), cache=cache), model(ids[:, 4:5], cache=fresh))  # ids of another type too
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_types_are_left_to_the_layers(dtype):
+    model, idx = prepared(dtype=dtype), torch.randint(300, (1, 6), generator=torch.Generator().manual_seed(5))
+    cache = MatryoshkaKVCache(model, 1, 8)
+    got = torch.cat([model(t, cache=cache) for t in idx.split(1, 1)], 1)
+    torch.testing.assert_close(got, model(idx), atol=0.05 if dtype == torch.float16 else 1e-6, rtol=0, check_dtype=False)
+    with pytest.raises((RuntimeError, TypeError), match="Long"):
+        prepared()(torch.tensor([[1.7]]), cache=cache)
+
+
+@torch.no_grad()
+def test_what_a_caller_does_with_its_lists_later_changes_nothing():
+    """The widths at which an exited token's memory is still to be written."""
+    model, idx, out = prepared(), torch.randint(300, (1, 2), generator=torch.Generator().manual_seed(5)), []
+    for change in (False, True):
+        widths, cache = [model.config.levels[0]] * model.config.n_block, MatryoshkaKVCache(model, 1, 8)
+        model(idx[:, :1], widths=widths, exits=1, cache=cache)
+        if change:
+            widths[:] = [model.config.top_width] * len(widths)
+        out.append(model(idx[:, 1:], cache=cache))
+    assert torch.equal(*out)
+
+
+@torch.no_grad()
+def test_memory_of_rows_that_are_gone_is_given_back():
+    model, idx = prepared(), torch.randint(300, (2, 3), generator=torch.Generator().manual_seed(5))
+    caches = [MatryoshkaKVCache(model, 2, 8) for _ in range(2)]
+    for cache in caches:
+        model(idx, cache=cache)
+    held = [weakref.ref(t) for t in memory(caches[0])]
+    caches[0].append(caches[1])
+    assert not any(ref() is not None for ref in held)
+    held = [weakref.ref(t) for t in memory(caches[0])]
+    caches[0].keep([3, 1])
+    assert not any(ref() is not None for ref in held)
+
+
+def test_a_cache_made_in_inference_mode_leaves_nothing_behind_that_training_trips_over():
+    model = randomize(build_model(MODELS["hybrid"]))
+    with torch.inference_mode():
+        MatryoshkaKVCache(model, 1, 23)
+    model(torch.tensor([[1, 2]]), cache=MatryoshkaKVCache(model, 1, 23)).sum().backward()
+    assert model.transformer.h[0].attn.c_q.weight.grad.any()
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ CASES = {
     "every": {"phase": "unfrozen", "recipe": "every", "sample": True, "steps": 5, "student_every": 2},
     "split": {"phase": "unfrozen", "recipe": "split", "sample": True, "steps": 5},
     "lean": {"phase": "stage 1", "recipe": "lean", "sample": True, "steps": 5},
+    "lean, masked": {"phase": "unfrozen", "recipe": "lean", "sample": True, "masked": True, "passes": 2, "steps": 5},
     "controls": {"phase": "controls", "recipe": "controls gumbel", "sample": True, "steps": 10},
     "controls, by value": {"phase": "controls", "recipe": "controls value", "sample": True, "steps": 8},
     "full passes": {"phase": "unfrozen", "recipe": None, "sample": False, "steps": 4},
@@ -109,6 +110,7 @@ def test_each_pass_of_a_step_draws_for_itself_on_all_ranks_alike(monkeypatch):
 def test_a_recipe_makes_the_passes_it_promises(recipe, passes, monkeypatch):
     """Rows of each pass, and whether it is a full one (None: without gradients); at widths that are never the top one."""
     monkeypatch.setattr(loss_eval, "sample_levels", lambda levels, n, g: [levels[0]] * n)
+    monkeypatch.setattr(elastic_step, "EXPANDING", 0.0)
     model = ranks.start_model("unfrozen")[0]
     stages.set_trained(model, "unfrozen", gate=recipe in TAUGHT)
     step, seen, hidden = ElasticStep(model, 0, 9, recipe, student_every=2), [], model.hidden
@@ -119,15 +121,42 @@ def test_a_recipe_makes_the_passes_it_promises(recipe, passes, monkeypatch):
         losses = step(number, x, x, Share(1.0, 1.0, 1.0))
         flops = losses["flops"]
         assert seen == want, number
-        by_width = {k.partition("_")[2] for k in losses if k.endswith(":")}
-        assert by_width == {"lean": {"8:", "32:"}, "split": {"8:", "32:"}, "single": {"8:"}}.get(recipe, by_width)
+        parts = {k[:-1]: losses[k] for k in losses if k.endswith(":")}
         if recipe in ("lean", "split", "single"):
-            assert float(losses["loss"]) == pytest.approx(sum(float(losses[f"loss_{w[:-1]}"]) for w in by_width))
+            assert parts == ({"narrow_8": 1.0} if recipe == "single" else {"narrow_8": 0.5, "loss_32": 0.5})
         full = sum(step.flops(None, n * ranks.T) if whole else step.looking_flops() * n * ranks.T
                    for n, whole in seen if whole is not False)
         narrow = sum(step.flops(model.config.levels[0], n * ranks.T) for n, whole in seen if whole is False)
         assert full + narrow <= flops <= full + 2 * narrow  # one row of four is a level wider from somewhere on
         seen.clear()
+
+
+@pytest.mark.parametrize("up", [False, True])
+@pytest.mark.parametrize("recipe", ["lean", "split"])
+def test_what_the_narrow_half_learns(recipe, up, monkeypatch):
+    """The text, with lean by half; the other half is what the whole model says of these rows. In some steps rows expand."""
+    monkeypatch.setattr(elastic_step, "EXPANDING", float(up))
+    monkeypatch.setattr(loss_eval, "sample_levels", lambda levels, n, g: [levels[0]] * n)
+    model = ranks.start_model("unfrozen")[0]
+    stages.set_trained(model, "unfrozen", gate=False)
+    x = torch.randint(64, (4, ranks.T), generator=torch.Generator().manual_seed(1))
+    y = torch.where(torch.arange(ranks.T) < 3, -1, x.roll(-1, 1))
+    seen, hidden = [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, *a: seen.append((idx, *a[:2])) or hidden(idx, *a))
+    losses = ElasticStep(model, 5, 9, recipe)(0, x, y, Share(1.0, 1.0, 1.0))
+    model.hidden = hidden
+    idx, widths, exits = next(s for s in seen if s[1] is not None)
+    assert torch.equal(idx, x[2:]) and isinstance(widths, torch.Tensor) == up
+    with torch.no_grad():
+        student, teacher = (loss_eval.head_logits(hidden(x[2:], *a), model.lm_head.weight, 15.0).log_softmax(-1)
+                            for a in ((widths, exits), ()))
+    live = y[2:] >= 0
+    text = -student.gather(-1, y[2:].clamp(min=0)[..., None])[..., 0][live].mean()
+    kl = (teacher.exp() * (teacher - student)).sum(-1)[live].mean()
+    want = (text + kl) / 2 if recipe == "lean" else text
+    got = sum(float(v) for k, v in losses.items() if k.startswith("narrow_") and not k.endswith(":"))
+    assert got == pytest.approx(float(want) / 2, rel=1e-4)
+    assert ("narrow_mixed" in losses) == up != ("narrow_8" in losses)
 
 
 @pytest.mark.parametrize("world", [1, 2])

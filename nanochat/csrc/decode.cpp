@@ -71,13 +71,14 @@ template <class T> void add(T* x, const T* y, int64_t n, int64_t D, int64_t d) {
 }
 
 // The blocks from `first` up to `last` for n tokens, `tokens` in a row: x (n, D), from `table` in front of block 0, is
-// updated in place, or, if write_only, the blocks only write their memory of it. With a gate (and one token) the run ends at the first exit point at which there is
-// something to decide: the gate is surer than `leave`, or, past half of all `count` blocks, less sure than `expand`. reached
-// (2): how many blocks are done then, and whether there is; sure: the gate's answer where it was last asked.
+// updated in place, or, if write_only, the blocks only write their memory of it. With a gate (and one token) the run ends at
+// the first exit point at which there is something to decide: the gate is surer than `leave`, or, past half of all `count`
+// blocks, less sure than `expand`. reached (2): how many blocks are done then, and whether there is; sure: the gate's answer
+// where it was last asked.
 template <class P, class T = typename P::Stored>
 void blocks(const Block<T>* all, const Sizes* sizes, T* x, const int64_t* ids, const T* table, const float* cos,
-            const float* sin, const int64_t* row, const int64_t* position, const Gate* gate, int64_t* reached, float* sure, int64_t n,
-            int64_t tokens, int64_t start, int64_t first, int64_t last, int64_t count, int64_t rope_rows,
+            const float* sin, const int64_t* row, const int64_t* position, const Gate* gate, int64_t* reached, float* sure,
+            int64_t n, int64_t tokens, int64_t start, int64_t first, int64_t last, int64_t count, int64_t rope_rows,
             int64_t write_only, float leave, float expand, float d_ref, float eps, float mixer_eps) {
     const Sizes& s = *sizes;
     const int64_t width = 2 * s.d_inner + 2 * s.G * s.N + s.H;

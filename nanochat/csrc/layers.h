@@ -51,7 +51,7 @@ void attend(const float* q, const T* k, const T* v, const int16_t* heads, int64_
     for (int64_t i = 0; i < hd; i++) y[i] /= total;
 }
 
-// Where tokens stand in the cache: given one by one, or, row null, `tokens` in each row from position `start` on.
+// Where tokens stand in the cache: given one by one, or, rows null, `tokens` in each row from position `start` on.
 struct Places {
     const int64_t *rows, *positions;
     int64_t tokens, start;
