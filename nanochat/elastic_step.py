@@ -33,7 +33,6 @@ RECIPES = {
     "single": "one pass at sampled widths, cross-entropy only, no teacher",
 }
 TAUGHT = {"both", "every", "half"}  # their full and narrow passes see the same rows, so that the gate can learn along
-EXPANDING = 0.25  # of the steps with recipe 'lean' or 'split', the share whose narrow rows expand, as in mode auto
 DEFAULT_RECIPE = "lean"  # where widths are sampled: the best at equal compute, all in all (dev/LOG.md)
 TEXT_SHARE = 0.5  # of what a narrow pass learns with recipe 'lean'; the rest is the teacher's distribution
 
@@ -78,13 +77,13 @@ class ElasticStep:
                                        energy_weight=self.energy_weight, at=at, rank=rank, world=world, reduce=all_sum)
             return {k: v * share.passes for k, v in losses.items()}
         if self.recipe not in TAUGHT:
-            up = rows * world if self.recipe != "single" and float(torch.rand((), generator=g)) < EXPANDING else 0
-            student = sample_students(config, rows, T, splits, g, up, rank, world, self.levels)[0]
+            # no row expands: these recipes learn more for expanded caches, too, at fixed widths (dev/LOG.md)
+            student = sample_students(config, rows, T, splits, g, 0, rank, world, self.levels)[0]
             whole = 0 if self.recipe == "single" else len(range(rank, rows * world // 2, world))  # of this rank's rows
             out = {"loss": 0.0, "flops": 0.0}
-            narrow = student.widths[whole:] if isinstance(student.widths, torch.Tensor) else student.widths
-            for label, at, widths, exits in ((f"narrow_{student.label}", slice(whole, rows), narrow, student.exits[whole:]),
-                                             (f"loss_{config.top_width}", slice(0, whole), None, None)):
+            for label, at, widths, exits in (
+                    (f"narrow_{student.label}", slice(whole, rows), student.widths, student.exits[whole:]),
+                    (f"loss_{config.top_width}", slice(0, whole), None, None)):
                 if at.stop > at.start:
                     teacher, flops = None, self.flops(widths, x[at].numel())
                     if self.recipe == "lean" and widths is not None:

@@ -56,9 +56,9 @@ class Settings:
     pieces: int = 2
     control_steps: int = 300
     control_rows: int = 128
-    calibration: int = 4500  # a fifth of them says what to test
+    calibration: int = 4500  # a fifth of them says what to test; twice `test`, see tasks.draw_many
     delta: float = 0.005  # the share of answers that adaptive compute may lose
-    test: int = 2700
+    test: int = 2250
     swept: int = 450  # of the test instances, for the curves
     timed: int = 90
     processes: int = 2

@@ -80,11 +80,11 @@ TASKS = {"easy": {"copy": _copy, "twice": _twice}, "medium": {"count": _count, "
 
 def split_of(prompt: str) -> str:
     """
-    'test' for 15 % of all instances, 'calibration' and 'controls' for half as many each, 'train' for the rest. The controls
+    'calibration' for 15 % of all instances, 'test' and 'controls' for half as many each, 'train' for the rest. The controls
     learn from instances that the model was not trained on: what it knows by heart looks easy at any width.
     """
     at = zlib.crc32(prompt.encode()) % 40
-    return "test" if at < 6 else "calibration" if at < 9 else "controls" if at < 12 else "train"
+    return "calibration" if at < 6 else "test" if at < 9 else "controls" if at < 12 else "train"
 
 
 def draw(rng: random.Random, difficulty: str, split: str) -> Instance:
@@ -97,9 +97,25 @@ def draw(rng: random.Random, difficulty: str, split: str) -> Instance:
 
 
 def draw_many(seed: int, n: int, split: str) -> list[Instance]:
-    """n instances, the difficulties in equal thirds."""
-    rng = random.Random(f"{split} {seed}")
-    return [draw(rng, DIFFICULTIES[i % 3], split) for i in range(n)]
+    """
+    n instances, the difficulties in equal thirds; of 'calibration' and 'test' no two are the same. Small families run out
+    there ('flip' has 90 instances in all), and others of their difficulty take their place: asked twenty times over, one
+    question would decide what a whole model is worth. Twice as many of 'calibration' as of 'test' hold the same shares of
+    each task, and so does any part of either, but for chance.
+    """
+    rng, once = random.Random(f"{split} {seed}"), split in ("calibration", "test")
+    drawn, seen = [], set()
+    while len(drawn) < n:
+        instance = draw(rng, DIFFICULTIES[len(drawn) % 3], split)
+        if not once or instance not in seen:
+            seen.add(instance)
+            drawn.append(instance)
+    if once:  # small families came first
+        thirds = [drawn[k::len(DIFFICULTIES)] for k in range(len(DIFFICULTIES))]
+        for k, third in enumerate(thirds):
+            rng.shuffle(third)
+            drawn[k::len(DIFFICULTIES)] = third
+    return drawn
 
 
 def make_tokenizer() -> Tokenizer:
