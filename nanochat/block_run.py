@@ -110,25 +110,29 @@ class BlockRun:
         """
         return self._run(first, last, idx, x, levels, cache, False, _place(self.gate), *bar)
 
-    def greedy(self, token: int, limit: int, stop, levels: list, depth: int, cache, bar=None):
+    def greedy(self, token: int, limit: int, stop, levels: list, depth: int, cache, late=None, bar=None):
         """
         One row's likeliest next tokens, up to `limit` or a token in `stop`: runs `token`, then each as it comes but for the
         last, for the positions that the cache expects. depth: how many blocks update each; bar: as for `ahead`, and the gate
-        may end it before. Returns the tokens; how many blocks updated each that was run; and, where something is to be
-        decided on the way of the next, before which block, its states there (1, 1, D), and how sure the gate was, or None.
-        The cache has taken all but that one.
+        may end it before. late: the last tokens (1, n) and their states (1, n, D), if they owe blocks their memory, at the
+        same levels; what is owed is written when a token comes by, and no sooner. Returns the tokens; how many blocks have
+        updated each that was run; and, where something is to be decided on the way of the next, before which block, its
+        states there (1, 1, D), and how sure the gate was, or None. The cache has taken all but that one.
         """
-        c = self.config
+        c, owed = self.config, 0 if late is None else late[0].size(1)
         self._check_ids(token, token)
-        states = torch.empty(1, limit, c.n_embd, dtype=self.dtype, device="cpu")
+        states = torch.empty(1, owed + limit, c.n_embd, dtype=self.dtype, device="cpu")
         logits = torch.empty(c.vocab_size, dtype=torch.float32, device="cpu")
         records = self._place_memory(0, len(self.blocks), states, levels, cache, False)
         assert not records, "a cache under a checkpoint decodes token by token"
-        tokens, depths, behind, stops = array("q", bytes(8 * limit + 8)), array("q", bytes(8 * limit)), array(
-            "q", bytes(8 * len(self.blocks))), array("q", stop)
-        tokens[0] = token
-        answer = array("q", [cache.chunk.start, limit, _place(stops), len(stops), _place(tokens), _place(depths),
-                             states.data_ptr(), _place(behind), self.head, logits.data_ptr(), c.vocab_size])
+        tokens, depths = array("q", bytes(8 * (owed + limit + 1))), array("q", bytes(8 * limit))
+        behind = array("q", cache.behind)
+        if owed:
+            tokens[:owed], states[:, :owed] = array("q", late[0][0].tolist()), late[1]
+        tokens[owed], stops = token, array("q", stop)
+        first = _place(tokens) + owed * tokens.itemsize, states[:, owed:].data_ptr()
+        answer = array("q", [cache.chunk.start, limit, _place(stops), len(stops), first[0], _place(depths), first[1],
+                             _place(behind), self.head, logits.data_ptr(), c.vocab_size])
         reached, sure = array("q", [0, 0]), array("f", [0])
         cos, sin = cache.chunk.tables
         operator("greedy", self.dtype)(
@@ -136,10 +140,11 @@ class BlockRun:
             None if bar is None else _place(self.gate), _place(reached), _place(sure), len(self.blocks), depth,
             *(bar or (0.0, 0.0)), c.softcap, c.d_ref, c.norm_eps, NORM_EPS)
         done, at = reached
-        ran = torch.tensor([tokens[:done]], dtype=torch.long, device="cpu")
-        cache.took(done, ran, states[:, :done], levels, behind.tolist())
-        undecided = (at, states[:, done:done + 1], sure[0]) if at else None
-        return tokens[1:done + 1].tolist(), depths[:done].tolist(), undecided
+        end = owed + done
+        ran = torch.tensor([tokens[:end]], dtype=torch.long, device="cpu")
+        cache.took(done, ran, states[:, :end], levels, behind.tolist())
+        undecided = (at, states[:, end:end + 1], sure[0]) if at else None
+        return tokens[owed + 1:end + 1].tolist(), depths[:done].tolist(), undecided
 
     def _check_ids(self, low, high):
         if not 0 <= low <= high < self.config.vocab_size:

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from nanochat.block_run import BlockRun
-from nanochat.cpu_decode import serves_tokens
+from nanochat.cpu_decode import MAX_ROWS, serves_tokens
 from nanochat.mamba_block import WINDOW, MambaState
 from nanochat.matryoshka import rope_tables
 
@@ -257,19 +257,23 @@ class MatryoshkaKVCache:
         BlockRun.greedy of the row that the cache holds, or None where that cannot be done: a row of its own on a CPU, no
         checkpoint, one level for all of a block's tokens.
         """
-        if len(self.pos) != 1 or self.records:
+        if len(self.pos) != 1 or self.records or self.device.type != "cpu":
             return None
         self.begin(limit)
         run = self.compiled_run(torch.tensor([[token]], device=self.device), levels)
         if run is None:
             return None
-        self.settle()
-        return run.greedy(token, limit, stop, levels, depth, self, bar)
+        owed = max(self.behind)
+        if owed > MAX_ROWS or any(type(a) is not int or a != b for entry in self._late for a, b in zip(entry[2], levels)):
+            self.settle()
+            owed = 0
+        late = tuple(torch.cat([entry[j] for entry in self._late], 1)[:, -owed:] for j in (0, 1)) if owed else None
+        return run.greedy(token, limit, stop, levels, depth, self, late, bar)
 
     def took(self, n: int, idx: torch.Tensor, x: torch.Tensor, levels: list, behind: list[int]) -> None:
-        """The first n of the announced tokens were run; what they owe is as in `defer`, behind[i] tokens to block i."""
-        self.pos, self.behind = [self.pos[0] + n], behind
-        self._late = [(idx, x, levels)] if any(behind) else []
+        """The first n of the announced tokens were run; behind[i] of the last tokens idx, with states x, owe block i."""
+        self.pos, self.behind, owed = [self.pos[0] + n], behind, max(behind)
+        self._late = [(idx[:, -owed:], x[:, -owed:], levels)] if owed else []
 
     # --- what exited tokens owe
 

@@ -155,7 +155,7 @@ class Engine:
         else:
             widths = torch.tensor([model.resolve_widths(m) for m in modes])  # (rows, n_block)
         depths = [n_block if d is None else d for d in depths]
-        stop, device = set(stop), model.device
+        stop, device = set(map(int, stop)), model.device
         text = [list(p) for p in prompts]
         left = [max_tokens] * n
         generators = [torch.Generator(device=device).manual_seed(seed + r) for r in range(n)]
@@ -171,6 +171,7 @@ class Engine:
         cache = MatryoshkaKVCache(model, n, length)
 
         planned, levels, leave, pace = (None, None), None, None, 1
+        ahead = []  # steps of a single row's tokens that are not given out yet
 
         def look():
             """The live rows' levels, and after how many blocks they leave, unless a control decides otherwise."""
@@ -210,10 +211,11 @@ class Engine:
             if out is None:
                 return None
             tokens, left_at, undecided = out
-            self.traces[r].steps += [(d, tuple(levels)) for d in left_at]
+            ahead.extend((d, tuple(levels)) for d in left_at)
             if undecided is not None:
                 idx = torch.tensor([[(text[r] + tokens)[-1]]], device=device)
                 tokens += draw_tokens(model.logits(step(idx, undecided)), settings, generators[r:r + 1])
+                ahead.append(self.traces[r].steps.pop())
             pace = 1 + int(0.02 * len(tokens) / (time.perf_counter() - began))
             return [tokens]
 
@@ -245,7 +247,11 @@ class Engine:
                     if cache.pos[i] < length or overflow == "slide":
                         stay.append(i)
             for j in range(max(map(len, kept))):
+                if ahead:
+                    self.traces[live[0]].steps.append(ahead.pop(0))
                 yield [(r, tokens[j]) for r, tokens in zip(live, kept) if j < len(tokens)]
+            self.traces[live[0]].steps += ahead  # of a token that ends the row
+            ahead.clear()
             if not stay:
                 return
             if len(stay) < len(live):

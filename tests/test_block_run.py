@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import randomize
-from test_confidence_probe import PROMPTS, answer
+from test_confidence_probe import PROMPTS, answer, controls
 from test_cpu_decode import MODELS, needs_compiler
 
 from nanochat import block_run
@@ -13,7 +13,7 @@ from nanochat.block_run import BlockRun
 from nanochat.cache import MatryoshkaKVCache
 from nanochat.checkpoint_manager import build_model
 from nanochat.confidence_probe import Controls
-from nanochat.engine import prepare_inference
+from nanochat.engine import Engine, prepare_inference
 from nanochat.matryoshka import MLP, norm
 
 pytestmark = needs_compiler
@@ -128,6 +128,53 @@ def test_greedy_decoding_in_one_call_is_token_by_token(kind, dtype):
 
 
 @torch.no_grad()
+def test_what_exited_tokens_owe_waits_from_call_to_call(hybrid, monkeypatch):
+    """Tokens that leave after two blocks, one in a call: nothing is written until one goes on, then all at once."""
+    prepare_inference(hybrid, "cpu", torch.float32)
+    ids, n, written, run = torch.randint(300, (1, 5)), hybrid.config.n_block, [], BlockRun._run
+    levels = [hybrid.config.top_width] * n
+    monkeypatch.setattr(BlockRun, "_run", lambda self, first, last, idx, x, levels, cache, write_only, *a: (
+        written.append((first, last, idx.size(1))) if write_only else None) or run(
+        self, first, last, idx, x, levels, cache, write_only, *a))
+    caches = [MatryoshkaKVCache(hybrid, 1, 24) for _ in range(2)]
+    for cache, limits in zip(caches, ((1, 1, 1, 1), (4,))):
+        hybrid(ids, cache=cache)
+        tokens = [7]
+        for limit in limits:
+            tokens += cache.greedy(tokens[-1], limit, (), levels, 2, None)[0]
+        assert cache.behind == [0] * 2 + [4] * (n - 2) and not written
+    for cache in caches:  # a token through all blocks, and one that changes the levels
+        got = cache.greedy(tokens[-1], 1, (), levels, n, None)
+        assert cache.behind == [0] * n and not written  # inside the call
+        cache.greedy(got[0][-1], 2, (), levels, 2, None)
+        cache.greedy(got[0][-1], 1, (), [hybrid.config.levels[0]] * n, 2, None)
+        assert written.pop() == (2, n, 2) and not written
+    assert all(map(torch.equal, *map(memory, caches)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"depth": 2}, {"mode": "auto"}, {"mode": "auto", "depth": 4}, {"mode": "ghost"}])
+@pytest.mark.parametrize("overflow", ["stop", "slide"])
+def test_the_engine_answers_alike_with_and_without_calls_of_several_tokens(hybrid, options, overflow, monkeypatch):
+    """Rows that end until one is left, a context that fills; and a trace never runs ahead of what was given out."""
+    prepare_inference(hybrid, "cpu", torch.float32)
+    prompts, got = [[5], [17, 250, 3], [9, 8, 7]], []
+    for off in (False, True):
+        if off:
+            monkeypatch.setattr(MatryoshkaKVCache, "greedy", lambda *a: None)
+        engine = Engine(hybrid, None)
+        control = {"control": controls(hybrid)} if "mode" in options and options["mode"] == "auto" else {}
+        out = [[] for _ in prompts]
+        for pairs in engine.stream(prompts, 70, temperature=0, stop=(40, 41, 42, 43, 44, 45), overflow=overflow, **options,
+                                   **control):
+            for r, token in pairs:
+                out[r].append(token)
+                assert len(engine.traces[r].steps) == len(out[r])
+        got.append((out, [(t.widths, t.steps) for t in engine.traces]))
+    assert got[0] == got[1]
+
+
+@torch.no_grad()
 def test_answers_in_mode_auto_are_the_same_either_way(hybrid, monkeypatch):
     """Tokens, depths and widths; exits and expansions both occur, which a call of several tokens leaves undecided."""
     prepare_inference(hybrid, "cpu", torch.float32)
@@ -226,7 +273,7 @@ def test_what_a_caller_does_with_its_lists_later_changes_nothing():
 
 
 @torch.no_grad()
-def test_memory_of_rows_that_are_gone_is_given_back():
+def test_memory_that_a_cache_has_copied_is_given_back():
     model, idx = prepared(), torch.randint(300, (2, 3), generator=torch.Generator().manual_seed(5))
     caches = [MatryoshkaKVCache(model, 2, 8) for _ in range(2)]
     for cache in caches:

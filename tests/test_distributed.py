@@ -123,6 +123,7 @@ def test_a_recipe_makes_the_passes_it_promises(recipe, passes, monkeypatch):
         parts = {k[:-1]: losses[k] for k in losses if k.endswith(":")}
         if recipe in ("lean", "split", "single"):
             assert parts == ({"narrow_8": 1.0} if recipe == "single" else {"narrow_8": 0.5, "loss_32": 0.5})
+            assert float(losses["loss"]) == pytest.approx(sum(float(losses[k]) for k in parts))
         full = sum(step.flops(None, n * ranks.T) if whole else step.looking_flops() * n * ranks.T
                    for n, whole in seen if whole is not False)
         narrow = sum(step.flops(model.config.levels[0], n * ranks.T) for n, whole in seen if whole is False)

@@ -120,7 +120,8 @@ template <class T> struct Answer {
     int64_t start, limit;       // the position of the first token to run; how many to run at most
     const int64_t* stops;       // (n_stop) tokens behind which it ends
     int64_t n_stop;
-    int64_t* tokens;            // (limit + 1) the first to run and, behind it, those that are generated
+    int64_t* tokens;            // (limit + 1) the first to run and, behind it, those that are generated; before it, with
+                                // their states, the last tokens that owe blocks their memory
     int64_t* depth;             // (limit) how many blocks updated each
     T* states;                  // (limit, D) each behind those blocks
     int64_t* behind;            // of each block: how many of the last tokens owe it their memory
