@@ -156,10 +156,13 @@ class BlockRun:
         if first == 0:
             low, high = (idx.item(),) * 2 if n == 1 else map(int, idx.aminmax())
             self._check_ids(low, high)
-        idx, x = idx.long().contiguous(), x if x is None or not write_only else x.contiguous()
-        out = x if write_only else idx.new_empty(*idx.shape, c.n_embd, dtype=self.dtype)
-        if not write_only and first:
-            out.copy_(x)
+        idx = idx.long().contiguous()
+        if write_only:
+            out = x.contiguous()
+        else:
+            out = idx.new_empty(*idx.shape, c.n_embd, dtype=self.dtype)
+            if first:
+                out.copy_(x)
         records = self._place_memory(first, last, out, levels, cache, write_only)
         if chunk.uniform:
             (cos, sin), row, position, angles = chunk.tables, None, None, chunk.T

@@ -267,8 +267,7 @@ class MatryoshkaKVCache:
         if owed > MAX_ROWS or any(type(a) is not int or a != b for entry in self._late for a, b in zip(entry[2], levels)):
             self.settle()
             owed = 0
-        late = tuple(torch.cat([entry[j] for entry in self._late], 1)[:, -owed:] for j in (0, 1)) if owed else None
-        return run.greedy(token, limit, stop, levels, depth, self, late, bar)
+        return run.greedy(token, limit, stop, levels, depth, self, self._latest(owed) if owed else None, bar)
 
     def took(self, n: int, idx: torch.Tensor, x: torch.Tensor, levels: list, behind: list[int]) -> None:
         """The first n of the announced tokens were run; behind[i] of the last tokens idx, with states x, owe block i."""
@@ -303,16 +302,20 @@ class MatryoshkaKVCache:
         """Whether there is a checkpoint to go back to."""
         return self._saved_pos is not None
 
+    def _latest(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last n > 0 of the deferred tokens (B, n), and their states (B, n, D)."""
+        idx, x = (torch.cat([entry[j] for entry in self._late], 1)[:, -n:] for j in (0, 1))
+        return idx, x
+
     def _catch_up(self, first: int, last: int, late: int) -> None:
         """Likewise, where all of them owe `late` tokens."""
-        n = sum(idx.size(1) for idx, _, _ in self._late) - late  # how many of the oldest they have seen
-        idx, x = (torch.cat([entry[j] for entry in self._late], 1)[:, n:] for j in (0, 1))
+        idx, x = self._latest(late)
 
         def level(i):
             each = [entry[2][i] for entry in self._late]
             if isinstance(each[0], int) and len(set(each)) == 1:
                 return each[0]
-            return torch.cat([torch.as_tensor(d).expand(entry[0].shape) for d, entry in zip(each, self._late)], 1)[:, n:]
+            return torch.cat([torch.as_tensor(d).expand(entry[0].shape) for d, entry in zip(each, self._late)], 1)[:, -late:]
         levels = [level(i) if first <= i < last else None for i in range(len(self.behind))]
         now, self.chunk = self.chunk, Chunk([p - late for p in self.pos], late, None, self._rope)
         self.behind[first:last] = [0] * (last - first)
@@ -327,7 +330,7 @@ class MatryoshkaKVCache:
         late = max(self.behind)
         first = self.behind.index(late)
         assert late and set(self.behind[first:]) == {late} and not any(self.behind[:first]), "exits at several blocks"
-        idx, x = (torch.cat([entry[j] for entry in self._late], 1)[:, -late:] for j in (0, 1))
+        idx, x = self._latest(late)
         self.chunk = Chunk([p - late for p in self.pos], late, None, self._rope)
         self._forget()
         return first, idx, x

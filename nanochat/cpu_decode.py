@@ -21,19 +21,22 @@ _OPERATORS = {"norm": (2, 2, 2), "linear": (3, 5, 0), "head": (3, 5, 1), "mlp": 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+def _free(t: torch.Tensor) -> bool:
+    """Whether t is a plain tensor on a CPU, and neither gradients nor a compiler nor autocast need torch's own operators."""
+    return (not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(t) is torch.Tensor
+            and t.device.type == "cpu" and not torch.is_autocast_enabled("cpu"))
+
+
 def serves(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Whether the operators take x (..., k) with these weights: on a CPU, no gradients, few rows, all of one dtype."""
-    return (not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(x) is torch.Tensor
-            and x.device.type == "cpu" and x.dtype in DTYPES and 0 < x.numel() <= MAX_ROWS * x.size(-1)
-            and all(w.dtype == x.dtype and w.stride(-1) == 1 for w in weights)
-            and not torch.is_autocast_enabled("cpu") and library() is not None)
+    return (_free(x) and x.dtype in DTYPES and 0 < x.numel() <= MAX_ROWS * x.size(-1)
+            and all(w.dtype == x.dtype and w.stride(-1) == 1 for w in weights) and library() is not None)
 
 
 def serves_tokens(idx: torch.Tensor) -> bool:
     """Whether a run of blocks (see block_run.py) takes tokens idx (B, T), if it takes their states' dtype."""
-    return (not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(idx) is torch.Tensor
-            and idx.device.type == "cpu" and idx.dtype in (torch.int64, torch.int32) and 0 < idx.numel() <= MAX_ROWS
-            and not torch.is_autocast_enabled("cpu") and library() is not None)
+    return (_free(idx) and idx.dtype in (torch.int64, torch.int32) and 0 < idx.numel() <= MAX_ROWS
+            and library() is not None)
 
 
 @functools.cache

@@ -172,8 +172,8 @@ def plot(result: dict, path: Path) -> None:
     for ax, f in zip(axes[0], factors):
         for name, runs in {**result["curves"]["1x"], **result["curves"][f]}.items():
             if name.startswith("scratch"):
-                end, style = statistics.mean(c[-1][1] for c in runs), {"color": "k", "linewidth": 0.8}
-                shown = ax.axhline(end, linestyle=":", **style) if end < top else ax.plot([], [], " ")[0]
+                end = statistics.mean(c[-1][1] for c in runs)
+                shown = ax.axhline(end, color="k", linestyle=":", linewidth=0.8) if end < top else ax.plot([], [], " ")[0]
                 shown.set_label(f"{name}: {end:.3f} at the end")
                 continue
             mean = [statistics.mean(ys) for ys in zip(*([y for _, y in c] for c in runs))]
