@@ -110,29 +110,32 @@ class BlockRun:
         """
         return self._run(first, last, idx, x, levels, cache, False, _place(self.gate), *bar)
 
-    def greedy(self, token: int, limit: int, stop, levels: list, depth: int, cache, late=None, bar=None):
+    def greedy(self, text: list[int], limit: int, stop, levels: list, depth: int, cache, late=None, bar=None):
         """
-        One row's likeliest next tokens, up to `limit` or a token in `stop`: runs `token`, then each as it comes but for the
-        last, for the positions that the cache expects. depth: how many blocks update each; bar: as for `ahead`, and the gate
-        may end it before. late: the last tokens (1, n) and their states (1, n, D), if they owe blocks their memory, at the
-        same levels; what is owed is written when a token comes by, and no sooner. Returns the tokens; how many blocks have
-        updated each that was run; and, where something is to be decided on the way of the next, before which block, its
+        One row's likeliest next tokens, up to `limit` or a token in `stop`: runs `text`, all its tokens but the last whole,
+        then each token as it comes but for the last, for the positions that the cache expects. depth: how many blocks update
+        each from the text's last on; bar: as for `ahead`, and the gate may end it before. late, with a text of one token:
+        the tokens before it (1, n) and their states (1, n, D), if they owe blocks their memory, at the same levels; what is
+        owed is written when a token comes by, and no sooner. Returns the tokens; how many blocks have updated each that was
+        run, from the text's last on; and, where something is to be decided on the way of the next, before which block, its
         states there (1, 1, D), and how sure the gate was, or None. The cache has taken all but that one.
         """
-        c, owed = self.config, 0 if late is None else late[0].size(1)
-        self._check_ids(token, token)
-        states = torch.empty(1, owed + limit, c.n_embd, dtype=self.dtype, device="cpu")
+        c, prompt, owed = self.config, len(text) - 1, 0 if late is None else late[0].size(1)
+        assert limit > 0 and not (prompt and owed), "a prompt comes before all that could owe something"
+        front = prompt + owed
+        self._check_ids(min(text), max(text))
+        states = torch.empty(1, front + limit, c.n_embd, dtype=self.dtype, device="cpu")
         logits = torch.empty(c.vocab_size, dtype=torch.float32, device="cpu")
         records = self._place_memory(0, len(self.blocks), states, levels, cache, False)
         assert not records, "a cache under a checkpoint decodes token by token"
-        tokens, depths = array("q", bytes(8 * (owed + limit + 1))), array("q", bytes(8 * limit))
-        behind = array("q", cache.behind)
+        tokens, depths = array("q", bytes(8 * (front + limit + 1))), array("q", bytes(8 * limit))
+        behind, stops = array("q", cache.behind), array("q", stop)
         if owed:
             tokens[:owed], states[:, :owed] = array("q", late[0][0].tolist()), late[1]
-        tokens[owed], stops = token, array("q", stop)
-        first = _place(tokens) + owed * tokens.itemsize, states[:, owed:].data_ptr()
-        answer = array("q", [cache.chunk.start, limit, _place(stops), len(stops), first[0], _place(depths), first[1],
-                             _place(behind), self.head, logits.data_ptr(), c.vocab_size])
+        tokens[owed:front + 1] = array("q", text)
+        first = _place(tokens) + front * tokens.itemsize, states[:, front:].data_ptr()
+        answer = array("q", [cache.chunk.start + prompt, limit, prompt, _place(stops), len(stops), first[0], _place(depths),
+                             first[1], _place(behind), self.head, logits.data_ptr(), c.vocab_size])
         reached, sure = array("q", [0, 0]), array("f", [0])
         cos, sin = cache.chunk.tables
         operator("greedy", self.dtype)(
@@ -140,11 +143,12 @@ class BlockRun:
             None if bar is None else _place(self.gate), _place(reached), _place(sure), len(self.blocks), depth,
             *(bar or (0.0, 0.0)), c.softcap, c.d_ref, c.norm_eps, NORM_EPS)
         done, at = reached
-        end = owed + done
-        ran = torch.tensor([tokens[:end]], dtype=torch.long, device="cpu")
-        cache.took(done, ran, states[:, :end], levels, behind.tolist())
+        end = front + done
+        start = end - max(behind)
+        owing = (torch.tensor([tokens[start:end]], dtype=torch.long, device="cpu"), states[:, start:end])
+        cache.took(prompt + done, owing if start < end else None, levels, behind.tolist())
         undecided = (at, states[:, end:end + 1], sure[0]) if at else None
-        return tokens[owed + 1:end + 1].tolist(), depths[:done].tolist(), undecided
+        return tokens[front + 1:end + 1].tolist(), depths[:done].tolist(), undecided
 
     def _check_ids(self, low, high):
         if not 0 <= low <= high < self.config.vocab_size:

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from nanochat.block_run import BlockRun
-from nanochat.cpu_decode import MAX_ROWS, serves_tokens
+from nanochat.cpu_decode import MAX_ROWS, serves_rows, serves_tokens
 from nanochat.mamba_block import WINDOW, MambaState
 from nanochat.matryoshka import rope_tables
 
@@ -246,33 +246,39 @@ class MatryoshkaKVCache:
 
     def compiled_run(self, idx: torch.Tensor, levels: list) -> BlockRun | None:
         """What runs blocks of these levels on the announced tokens idx (B, T) in one call, where that can be done."""
-        if self.chunk.lengths is not None or not serves_tokens(idx):
-            return None
+        return self._compiled(levels) if self.chunk.lengths is None and serves_tokens(idx) else None
+
+    def _compiled(self, levels: list) -> BlockRun | None:
         if self._run is None:
             self._run = BlockRun.of(self.model)
         return self._run if self._run.takes(self.model.compute_dtype, levels) else None
 
-    def greedy(self, token: int, limit: int, stop, levels: list, depth: int, bar=None):
+    def greedy(self, text: list[int], limit: int, stop, levels: list, depth: int, bar=None):
         """
         BlockRun.greedy of the row that the cache holds, or None where that cannot be done: a row of its own on a CPU, no
-        checkpoint, one level for all of a block's tokens.
+        checkpoint, one level for all of a block's tokens, a short text.
         """
-        if len(self.pos) != 1 or self.records or self.device.type != "cpu":
+        if len(self.pos) != 1 or self.records or self.device.type != "cpu" or not serves_rows(len(text)):
             return None
-        self.begin(limit)
-        run = self.compiled_run(torch.tensor([[token]], device=self.device), levels)
-        if run is None:
+        self.begin(len(text) - 1 + limit)
+        if (run := self._compiled(levels)) is None:
             return None
+        if len(text) > 1:
+            self.settle()
         owed = max(self.behind)
-        if owed > MAX_ROWS or any(type(a) is not int or a != b for entry in self._late for a, b in zip(entry[2], levels)):
+        if owed > MAX_ROWS or any(type(a) is not int or a != b for entry in self._late if entry[2] is not levels
+                                  for a, b in zip(entry[2], levels)):
             self.settle()
             owed = 0
-        return run.greedy(token, limit, stop, levels, depth, self, self._latest(owed) if owed else None, bar)
+        return run.greedy(text, limit, stop, levels, depth, self, self._latest(owed) if owed else None, bar)
 
-    def took(self, n: int, idx: torch.Tensor, x: torch.Tensor, levels: list, behind: list[int]) -> None:
-        """The first n of the announced tokens were run; behind[i] of the last tokens idx, with states x, owe block i."""
-        self.pos, self.behind, owed = [self.pos[0] + n], behind, max(behind)
-        self._late = [(idx[:, -owed:], x[:, -owed:], levels)] if owed else []
+    def took(self, n: int, late: tuple[torch.Tensor, torch.Tensor] | None, levels: list, behind: list[int]) -> None:
+        """
+        The first n of the announced tokens were run; behind[i] of the last ones owe block i, and late are the most that owe
+        any (1, m), with their states (1, m, D), or None.
+        """
+        self.pos, self.behind = [self.pos[0] + n], behind
+        self._late = [] if late is None else [(*late, levels)]
 
     # --- what exited tokens owe
 
@@ -304,6 +310,8 @@ class MatryoshkaKVCache:
 
     def _latest(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The last n > 0 of the deferred tokens (B, n), and their states (B, n, D)."""
+        if len(self._late) == 1:
+            return self._late[0][0][:, -n:], self._late[0][1][:, -n:]
         idx, x = (torch.cat([entry[j] for entry in self._late], 1)[:, -n:] for j in (0, 1))
         return idx, x
 

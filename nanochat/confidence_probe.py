@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat import cpu_decode
 from nanochat.common import Progress
 from nanochat.matryoshka import cost_table, norm, once_per_model, token_flops
 
@@ -324,9 +325,9 @@ def level_shares(model) -> tuple[torch.Tensor, float]:
 
 
 def budget_grid(model) -> list[float]:
-    """Ten budgets from a little above the narrowest widths' cost up to 1."""
+    """Sixteen budgets from a little above the narrowest widths' cost up to 1."""
     _, floor = level_shares(model)
-    return [round(floor + (1 - floor) * i / 10, 4) for i in range(1, 11)]
+    return [round(floor + (1 - floor) * i / 16, 4) for i in range(1, 17)]
 
 
 def check_thresholds(leave: float, expand: float) -> None:
@@ -346,9 +347,11 @@ def pad(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
 
 def predict(model, idx: torch.Tensor, valid: torch.Tensor, budget) -> torch.Tensor:
     """The predictor's values (B, n_block, n_levels) for prompts idx (B, T), valid (B, T); budget: a number or (B,)."""
-    c = model.config
-    e = norm(model.embed(model.transformer.wte, idx), c.d_ref, c.norm_eps).detach()
+    c, table = model.config, model.transformer.wte.weight
     budget = torch.as_tensor(budget, dtype=torch.float32, device=idx.device).expand(len(idx))
+    if cpu_decode.serves_prompts(idx, table, model.compute_dtype, model.predictor):
+        return cpu_decode.predictor(model.predictor, table, idx, valid, budget, c.d_ref, c.norm_eps)
+    e = norm(model.embed(model.transformer.wte, idx), c.d_ref, c.norm_eps).detach()
     return model.predictor(e, valid, budget)
 
 
@@ -398,7 +401,8 @@ def calibrate_prices(model, prompts: list[list[int]], budgets: list[float]) -> l
 
 # Exit thresholds in the order of their testing, strictest first; 1 never exits.
 THRESHOLDS = (1.0, 0.999, 0.997, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.87, 0.83, 0.78, 0.7, 0.6, 0.5)
-PATH_STEPS = 40  # limits on the cost that pareto_path tries
+TUNED = THRESHOLDS[::4]  # those that `tune` looks at, for every budget
+PATH_STEPS = 24  # limits on the cost that pareto_path tries
 
 
 def sequences_needed(delta: float, epsilon: float) -> int:
@@ -473,9 +477,9 @@ def tune(model, run, most: float) -> list[tuple[float, float]]:
     thresholds are lowered until the mean loss exceeds `most`, budgets until even without exits it does.
     """
     points, budgets = [], budget_grid(model)[::-1]
-    progress = Progress("tuning", len(budgets) * len(THRESHOLDS[::2]), "settings")
+    progress = Progress("tuning", len(budgets) * len(TUNED), "settings")
     for budget in budgets:
-        for threshold in THRESHOLDS[::2]:
+        for threshold in TUNED:
             losses, flops = run(budget, threshold)
             points.append(((budget, threshold), float(losses.mean()), flops))
             progress.step()

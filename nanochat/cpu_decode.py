@@ -17,14 +17,19 @@ MAX_ROWS = 48
 
 # Numbers of pointers, sizes and floats that each takes, in this order.
 _OPERATORS = {"norm": (2, 2, 2), "linear": (3, 5, 0), "head": (3, 5, 1), "mlp": (4, 6, 2), "attention": (16, 15, 2),
-              "mamba": (15, 12, 1), "replay": (8, 9, 0), "blocks": (12, 8, 5), "greedy": (9, 2, 6)}
+              "mamba": (15, 12, 1), "replay": (8, 9, 0), "predictor": (10, 7, 3), "blocks": (12, 8, 5),
+              "greedy": (9, 2, 6)}
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+def _allowed() -> bool:
+    """Whether neither gradients nor a compiler nor autocast need torch's own operators."""
+    return (not torch.compiler.is_compiling() and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"))
+
+
 def _free(t: torch.Tensor) -> bool:
-    """Whether t is a plain tensor on a CPU, and neither gradients nor a compiler nor autocast need torch's own operators."""
-    return (not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(t) is torch.Tensor
-            and t.device.type == "cpu" and not torch.is_autocast_enabled("cpu"))
+    """Whether t is a plain tensor on a CPU, and nobody needs torch's own operators."""
+    return type(t) is torch.Tensor and t.device.type == "cpu" and _allowed()
 
 
 def serves(x: torch.Tensor, *weights: torch.Tensor) -> bool:
@@ -35,8 +40,21 @@ def serves(x: torch.Tensor, *weights: torch.Tensor) -> bool:
 
 def serves_tokens(idx: torch.Tensor) -> bool:
     """Whether a run of blocks (see block_run.py) takes tokens idx (B, T), if it takes their states' dtype."""
-    return (_free(idx) and idx.dtype in (torch.int64, torch.int32) and 0 < idx.numel() <= MAX_ROWS
-            and library() is not None)
+    return _free(idx) and idx.dtype in (torch.int64, torch.int32) and serves_rows(idx.numel())
+
+
+def serves_rows(n: int) -> bool:
+    """Likewise, n tokens that need no tensor."""
+    return _allowed() and 0 < n <= MAX_ROWS and library() is not None
+
+
+def serves_prompts(idx: torch.Tensor, table: torch.Tensor, dtype: torch.dtype, control) -> bool:
+    """Whether `predictor` takes prompts idx (B, T), the table of their embeddings, used in this dtype, and the control."""
+    plain = all(type(w) in (torch.nn.Parameter, torch.Tensor) and w.device.type == "cpu" and w.is_contiguous()
+                for w in (table, *control.parameters()))
+    return (plain and _free(idx) and idx.dtype == torch.int64 and dtype in DTYPES and table.dtype == dtype
+            and all(w.dtype == torch.float32 for w in control.parameters())
+            and 0 <= int(idx.min()) <= int(idx.max()) < len(table) and library() is not None)
 
 
 @functools.cache
@@ -138,6 +156,22 @@ def replay(mixer, xBC_dt: torch.Tensor, state, counts: torch.Tensor) -> None:
         xBC_dt.data_ptr(), conv.data_ptr(), ssm.data_ptr(), counts.data_ptr(), *(p.data_ptr() for p in small),
         *xBC_dt.shape[:2], mixer.d_inner, mixer.nheads, mixer.d_state, mixer.ngroups, mixer.d_conv, conv.stride(0),
         ssm.stride(0))
+
+
+def predictor(control, table: torch.Tensor, idx: torch.Tensor, valid: torch.Tensor, budget: torch.Tensor, d_ref: int,
+              eps: float) -> torch.Tensor:
+    """
+    confidence_probe.LayerDimPredictor's values (B, n_block, n_levels) for prompts idx (B, T) int64, valid (B, T) bool, whose
+    embeddings are rows of `table`, in one call; budget (B,) fp32.
+    """
+    n_block, gains, hidden = control.out_weight.shape
+    idx, valid, budget = idx.contiguous(), valid.contiguous(), budget.contiguous()
+    values = budget.new_empty(len(idx), n_block, gains + 1)
+    weights = (control.c_in.weight, control.c_mid.weight, control.c_mid.bias, control.out_weight, control.out_bias)
+    operator("predictor", table.dtype)(
+        idx.data_ptr(), valid.data_ptr(), table.data_ptr(), *(w.data_ptr() for w in weights), budget.data_ptr(),
+        values.data_ptr(), *idx.shape, table.size(1), hidden, control.BUMPS, n_block, gains, d_ref, eps, control.CAP)
+    return values
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

@@ -1,5 +1,6 @@
 """
-Generation: prefill the prompts in one pass, then decode token by token from the cache. The rows of a batch are
+Generation: prefill the prompts in one pass, then decode from the cache, token by token or, a single row's likeliest ones on
+a CPU, many in one call, the prompt included where it is short. The rows of a batch are
 independent: each has its own length, width, exit depth, seed and end.
 
     engine = Engine(model, tokenizer)
@@ -200,13 +201,17 @@ class Engine:
             return h
 
         def several():
-            """A single row's next tokens in one call, where decoding is greedy, and as many as take 20 ms; or None."""
+            """
+            A single row's next tokens in one call, where decoding is greedy, and as many as take 20 ms; the first one in the
+            same call as a short prompt. Or None.
+            """
             nonlocal pace
             if len(live) > 1 or temperature or (control is not None and control.bar is None):
                 return None
             look()
             r, began = live[0], time.perf_counter()
-            out = cache.greedy(text[r][-1], min(left[r], length - cache.pos[0], pace), stop, levels, leave,
+            new = text[r][-1:] if cache.pos[0] else text[r]  # the prompt in the same call
+            out = cache.greedy(new, min(left[r], length - cache.pos[0] - len(new) + 1, pace), stop, levels, leave,
                                control and control.bar(levels))
             if out is None:
                 return None
@@ -216,12 +221,14 @@ class Engine:
                 idx = torch.tensor([[(text[r] + tokens)[-1]]], device=device)
                 tokens += draw_tokens(model.logits(step(idx, undecided)), settings, generators[r:r + 1])
                 ahead.append(self.traces[r].steps.pop())
-            pace = 1 + int(0.02 * len(tokens) / (time.perf_counter() - began))
+            pace = 1 + int(0.02 * (len(new) - 1 + len(tokens)) / (time.perf_counter() - began))
             return [tokens]
 
         def following(own):
             return several() or [[t] for t in draw_tokens(model.logits(step()), settings, own)]
-        if control is None and min(depths) == n_block:
+        if not lossless and (chosen := several()):
+            pass  # the prompt and its first token are done
+        elif control is None and min(depths) == n_block:
             h = self._prefill(text, widths, cache)[torch.arange(n), [len(t) - 1 for t in text]]
             for trace in self.traces if not lossless else ():  # whose steps are appended as its tokens come
                 trace.steps.append((n_block, trace.widths))

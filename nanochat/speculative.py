@@ -273,7 +273,7 @@ class Speculation:
         cache.drop_checkpoint()
         c, out = self.model.config, None
         if self.settings[0] == 0 and len(live) == 1:
-            out = cache.greedy(int(last[0, 0]), 1, (), [c.top_width] * c.n_block, c.n_block)
+            out = cache.greedy(last[0].tolist(), 1, (), [c.top_width] * c.n_block, c.n_block)
         tokens = out[0] if out else draw_tokens(
             self.model.logits(self.model.hidden(last, cache=cache)[:, -1]), self.settings, generators)
         seconds = time.perf_counter() - begin

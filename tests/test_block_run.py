@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import randomize
-from test_confidence_probe import PROMPTS, answer, controls
+from test_confidence_probe import answer, controls
 from test_cpu_decode import MODELS, needs_compiler
 
 from nanochat import block_run
@@ -111,7 +111,7 @@ def test_greedy_decoding_in_one_call_is_token_by_token(kind, dtype):
             h = model.hidden(torch.tensor([want[-1:]]), levels, depth, caches[0])
             want.append(int(model.logits(h).argmax()))
         for limit in (1, 6, 8):
-            tokens, depths, undecided = caches[1].greedy(got[-1], limit, (), levels, depth, None)
+            tokens, depths, undecided = caches[1].greedy(got[-1:], limit, (), levels, depth, None)
             assert depths == [depth] * limit and undecided is None
             got += tokens
         assert got == want
@@ -119,12 +119,20 @@ def test_greedy_decoding_in_one_call_is_token_by_token(kind, dtype):
             cache.settle()
         assert caches[0].pos == caches[1].pos == [19]
         assert all(map(torch.equal, memory(caches[0]), memory(caches[1])))
-        tokens, *_ = caches[1].greedy(got[0], 5, set(range(300)), levels, depth, None)
+        tokens, *_ = caches[1].greedy(got[:1], 5, set(range(300)), levels, depth, None)
         assert len(tokens) == 1 and caches[1].pos == [20]  # any token is a stop
+        caches = [MatryoshkaKVCache(model, 1, 24) for _ in range(2)]  # a prompt in the call, or in a pass of its own before
+        model.hidden(prompt[:, :4], levels, cache=caches[0])
+        apart = caches[0].greedy(prompt[0, 4:].tolist(), 7, (), levels, depth, None)
+        assert caches[1].greedy(prompt[0].tolist(), 7, (), levels, depth, None)[:2] == apart[:2]
+        assert caches[0].pos == caches[1].pos == [11] and caches[0].behind == caches[1].behind
+        for cache in caches:
+            cache.settle()
+        assert all(map(torch.equal, *map(memory, caches)))
     with pytest.raises(ValueError, match="token ids from 300 to 300 do not fit"):
-        caches[1].greedy(300, 1, (), levels, depth, None)
+        caches[1].greedy([300], 1, (), levels, depth, None)
     caches[1].checkpoint() if kind == "hybrid" else caches[1].append(caches[0])
-    assert caches[1].greedy(1, 1, (), levels, depth, None) is None
+    assert caches[1].greedy([1], 1, (), levels, depth, None) is None
 
 
 @torch.no_grad()
@@ -141,13 +149,13 @@ def test_what_exited_tokens_owe_waits_from_call_to_call(hybrid, monkeypatch):
         hybrid(ids, cache=cache)
         tokens = [7]
         for limit in limits:
-            tokens += cache.greedy(tokens[-1], limit, (), levels, 2, None)[0]
+            tokens += cache.greedy(tokens[-1:], limit, (), levels, 2, None)[0]
         assert cache.behind == [0] * 2 + [4] * (n - 2) and not written
     for cache in caches:  # a token through all blocks, and one that changes the levels
-        got = cache.greedy(tokens[-1], 1, (), levels, n, None)
+        got = cache.greedy(tokens[-1:], 1, (), levels, n, None)
         assert cache.behind == [0] * n and not written  # inside the call
-        cache.greedy(got[0][-1], 2, (), levels, 2, None)
-        cache.greedy(got[0][-1], 1, (), [hybrid.config.levels[0]] * n, 2, None)
+        cache.greedy(got[0][-1:], 2, (), levels, 2, None)
+        cache.greedy(got[0][-1:], 1, (), [hybrid.config.levels[0]] * n, 2, None)
         assert written.pop() == (2, n, 2) and not written
     assert all(map(torch.equal, *map(memory, caches)))
 
@@ -155,23 +163,28 @@ def test_what_exited_tokens_owe_waits_from_call_to_call(hybrid, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"depth": 2}, {"mode": "auto"}, {"mode": "auto", "depth": 4}, {"mode": "ghost"}])
 @pytest.mark.parametrize("overflow", ["stop", "slide"])
-def test_the_engine_answers_alike_with_and_without_calls_of_several_tokens(hybrid, options, overflow, monkeypatch):
+@pytest.mark.parametrize("prompts", [[[5], [17, 250, 3], [9, 8, 7]], [[5]], [[9, 8, 7]], [list(range(100, 155))]],
+                         ids=["three", "one token", "short", "long"])
+def test_the_engine_answers_alike_with_and_without_calls_of_several_tokens(hybrid, options, overflow, prompts, monkeypatch):
     """Rows that end until one is left, a context that fills; and a trace never runs ahead of what was given out."""
     prepare_inference(hybrid, "cpu", torch.float32)
-    prompts, got = [[5], [17, 250, 3], [9, 8, 7]], []
+    got = []
     for off in (False, True):
         if off:
             monkeypatch.setattr(MatryoshkaKVCache, "greedy", lambda *a: None)
-        engine = Engine(hybrid, None)
-        control = {"control": controls(hybrid)} if "mode" in options and options["mode"] == "auto" else {}
-        out = [[] for _ in prompts]
-        for pairs in engine.stream(prompts, 70, temperature=0, stop=(40, 41, 42, 43, 44, 45), overflow=overflow, **options,
-                                   **control):
-            for r, token in pairs:
-                out[r].append(token)
-                assert len(engine.traces[r].steps) == len(out[r])
-        got.append((out, [(t.widths, t.steps) for t in engine.traces]))
-    assert got[0] == got[1]
+        engine, stops = Engine(hybrid, None), [(40, 41, 42, 43, 44, 45)]
+        for most in (70, 1, 70):  # the last time the first token is a stop
+            control = {"control": controls(hybrid)} if "mode" in options and options["mode"] == "auto" else {}
+            out = [[] for _ in prompts]
+            more = {"stop": stops[-1], "overflow": overflow, **options, **control}
+            for pairs in engine.stream(prompts, most, temperature=0, **more):
+                for r, token in pairs:
+                    out[r].append(token)
+                    assert len(engine.traces[r].steps) == len(out[r])
+            got.append((out, [(t.widths, t.steps) for t in engine.traces]))
+            if most == 1:
+                stops.append([token for row in out for token in row])
+    assert got[:3] == got[3:] and any(got[0][0]) and not any(got[2][0])
 
 
 @torch.no_grad()
@@ -179,13 +192,18 @@ def test_answers_in_mode_auto_are_the_same_either_way(hybrid, monkeypatch):
     """Tokens, depths and widths; exits and expansions both occur, which a call of several tokens leaves undecided."""
     prepare_inference(hybrid, "cpu", torch.float32)
     calls, greedy = [], BlockRun.greedy
-    monkeypatch.setattr(BlockRun, "greedy", lambda *a: calls.append(greedy(*a)) or calls[-1])
-    got = [answer(hybrid, [prompt], 20) for prompt in PROMPTS]
-    assert any(len(depths) > 1 for _, depths, _ in calls) and any(undecided for *_, undecided in calls)
+    monkeypatch.setattr(BlockRun, "greedy", lambda run, text, *a: calls.append((len(text), *greedy(run, text, *a)))
+                        or calls[-1][1:])
+    prompts = [torch.randint(300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(1, 20)]
+    got = [answer(hybrid, [prompt], 20) for prompt in prompts]
+    assert any(len(depths) > 1 for *_, depths, _ in calls) and any(undecided for n, *_, undecided in calls if n == 1)
+    beside = [(depths, undecided) for n, _, depths, undecided in calls if n > 1]  # prompts and what follows from them
+    assert any(undecided and not depths for depths, undecided in beside)
+    assert {d for depths, _ in beside for d in depths} >= {2, hybrid.config.n_block}
     steps = [(step, trace.widths) for _, (trace,) in got for step in trace.steps]
     assert len({d for (d, _), _ in steps}) > 2 and any(w != planned for (_, w), planned in steps)
     one_by_one(monkeypatch)
-    assert [answer(hybrid, [prompt], 20) for prompt in PROMPTS] == got
+    assert [answer(hybrid, [prompt], 20) for prompt in prompts] == got
 
 
 @torch.no_grad()

@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import language_parameters
+from test_cpu_decode import needs_compiler
 
+from nanochat import cpu_decode
 from nanochat.cache import MatryoshkaKVCache
 from nanochat.confidence_probe import (
-    THRESHOLDS,
+    TUNED,
     Controls,
     budget_grid,
     calibrate_prices,
@@ -31,7 +33,7 @@ from nanochat.confidence_probe import (
     sequences_needed,
     tune,
 )
-from nanochat.engine import Engine
+from nanochat.engine import Engine, prepare_inference
 from nanochat.hybrid_gpt import CONTROLS
 from nanochat.loss_eval import (
     ANSWER,
@@ -279,6 +281,28 @@ def test_the_predictor_sees_the_prompt_alone(hybrid, tokens):
     assert not torch.equal(predict(hybrid, tokens, valid, 0.9), before)
 
 
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_predictor_is_the_predictor(hybrid, dtype, monkeypatch):
+    """Of trained size, for prompts of several lengths and budgets; a prompt's plan does not depend on the others'."""
+    prepare_inference(hybrid, "cpu", dtype)
+    for p in hybrid.predictor.parameters():
+        p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * p.shape[-1] ** -0.5)
+    idx, valid = pad([*PROMPTS, list(range(100, 160))], "cpu")
+    budget = torch.linspace(0.3, 1, len(idx))
+    got = predict(hybrid, idx, valid, budget)
+    assert torch.equal(predict(hybrid, idx[1:2], valid[1:2], budget[1:2]), got[1:2])
+    used, compiled = [], cpu_decode.predictor
+    monkeypatch.setattr(cpu_decode, "predictor", lambda *a: used.append(1) or compiled(*a))
+    assert torch.equal(predict(hybrid, idx, valid, budget), got) and used.pop()
+    with pytest.raises(IndexError):
+        predict(hybrid, idx + 250, valid, budget)
+    with torch.enable_grad():
+        torch.testing.assert_close(got, predict(hybrid, idx, valid, budget), atol=2e-5, rtol=2e-5)
+    assert not used and got.diff(dim=-1).std() > 0.1
+
+
 def test_the_predictor_is_one_graph(hybrid):
     _, valid = pad(PROMPTS, "cpu")
     fast = torch.compile(hybrid.predictor, fullgraph=True, backend="eager")
@@ -417,14 +441,14 @@ def test_tuning_stops_lowering_a_threshold_where_too_much_is_lost(hybrid):
         seen.append((budget, threshold))
         return torch.full((4,), 1 - threshold), budget * threshold
     path = tune(hybrid, run, 0.05)
-    assert path[0] == (1.0, 1.0) == seen[0] and len({b for b, _ in seen}) == 10
-    assert min(t for _, t in seen) == max(t for t in THRESHOLDS[::2] if 1 - t > 0.05)
+    assert path[0] == (1.0, 1.0) == seen[0] and len({b for b, _ in seen}) == len(budget_grid(hybrid))
+    assert min(t for _, t in seen) == max(t for t in TUNED if 1 - t > 0.05)
     costs = [b * t for b, t in path[1:]]
     assert costs == sorted(costs, reverse=True)
     seen.clear()
     grid = budget_grid(hybrid)
     assert tune(hybrid, lambda b, t: (seen.append((b, t)), (torch.tensor([float(b < grid[6])]), b * t))[1], 0.05)
-    assert {b for b, _ in seen} == set(grid[5:]) and (grid[5], 0.997) not in seen  # behind what fails without any exit
+    assert {b for b, _ in seen} == set(grid[5:]) and (grid[5], TUNED[1]) not in seen  # behind what fails without any exit
 
 
 def test_nothing_safe_is_said_so():

@@ -1,9 +1,9 @@
-// Decoding on a CPU: the operators of layers.h, a run of blocks, and greedy decoding, each in one call, since a framework's
-// small operators take longer than the arithmetic they stand for.
+// Decoding on a CPU: the operators of layers.h and controls.h, a run of blocks, and greedy decoding, each in one call, since
+// a framework's small operators take longer than the arithmetic they stand for.
 //
 // The functions at the end are called by nanochat/cpu_decode.py and block_run.py, which state shapes and check them. Nothing
 // here keeps a pointer.
-#include "layers.h"
+#include "controls.h"
 
 namespace {
 
@@ -29,40 +29,6 @@ struct Sizes {  // what all blocks have in common
     int64_t D, top, hd, group, gate_in, table_stride, row_stride, head_stride, length;
     int64_t d_inner, H, N, G, K, conv_stride, ssm_stride;
 };
-// The confidence gate, in fp32: `point` and `proj` have a row for each exit point; points[i] is its number behind i blocks,
-// or -1.
-struct Gate {
-    const float *fc, *point, *proj, *bias;
-    const int64_t* points;
-    int64_t hidden;
-};
-
-// ConfidenceGate.forward for one token's state x (D), and the sigmoid.
-template <class P, class T = typename P::Stored>
-float confidence(const Gate& gate, int64_t point, const T* x, int64_t D, float d_ref, float eps) {
-    constexpr int64_t PEAK = 3;
-    T* normed = scratch<T>(8, D);
-    norm<P>(x, normed, 1, D, d_ref, eps);
-    float *wide = scratch<float>(9, D), *u = scratch<float>(10, gate.hidden);
-    for (int64_t i = 0; i < D; i++) wide[i] = widen(normed[i]);
-    linear<Fp32>(wide, gate.fc, u, 1, D, gate.hidden, D, D);
-    float first = -INFINITY, second = -INFINITY;
-    for (int64_t j = 0; j < gate.hidden; j++) {
-        u[j] += gate.point[point * gate.hidden + j];
-        second = std::max(second, std::min(first, u[j]));
-        first = std::max(first, u[j]);
-    }
-    float total = 0;
-    for (int64_t j = 0; j < gate.hidden; j++) total += std::exp(u[j] - first);
-    const float likeliest = std::min(-std::log(total), -1e-6f);
-    const float *w = gate.proj + point * (PEAK + gate.hidden);
-    float logit = gate.bias[point] + w[0] * likeliest + w[1] * std::log(-std::expm1(likeliest)) + w[2] * (first - second);
-    for (int64_t j = 0; j < gate.hidden; j++) {
-        const float r = std::max(u[j], 0.0f);
-        logit += w[PEAK + j] * r * r;
-    }
-    return 1 / (1 + std::exp(-logit));
-}
 
 // x (n, D) += y (n, d)
 template <class T> void add(T* x, const T* y, int64_t n, int64_t D, int64_t d) {
@@ -118,10 +84,11 @@ void blocks(const Block<T>* all, const Sizes* sizes, T* x, const int64_t* ids, c
 // One row's tokens, from the next to run on. Every member is one 64-bit word, as block_run.py writes them.
 template <class T> struct Answer {
     int64_t start, limit;       // the position of the first token to run; how many to run at most
+    int64_t prompt;             // how many tokens before it are to be run whole
     const int64_t* stops;       // (n_stop) tokens behind which it ends
     int64_t n_stop;
     int64_t* tokens;            // (limit + 1) the first to run and, behind it, those that are generated; before it, with
-                                // their states, the last tokens that owe blocks their memory
+                                // their states, the prompt, or else the last tokens that owe blocks their memory
     int64_t* depth;             // (limit) how many blocks updated each
     T* states;                  // (limit, D) each behind those blocks
     int64_t* behind;            // of each block: how many of the last tokens owe it their memory
@@ -131,9 +98,10 @@ template <class T> struct Answer {
 };
 
 // Runs tokens, each through `depth` of all `count` blocks or, with a gate, until it is surer than `leave`, and generates the
-// likeliest next ones. What an exited token owes the blocks behind its exit is written when a later one comes by. Where the
-// gate is less sure than `expand` past half of the blocks the caller decides. reached (2): how many tokens are done, and the
-// block before which the next one waits for a decision, or 0.
+// likeliest next ones. The prompt runs beside the first of them, and then on through all blocks. What an exited token owes
+// the blocks behind its exit is written when a later one comes by. Where the gate is less sure than `expand` past half of
+// the blocks the caller decides. reached (2): how many tokens are done, and the block before which the next one waits for a
+// decision, or 0.
 template <class P, class T = typename P::Stored>
 void greedy(const Block<T>* all, const Sizes* sizes, const Answer<T>* answer, const T* table, const float* cos,
             const float* sin, const Gate* gate, int64_t* reached, float* sure, int64_t count, int64_t depth, float leave,
@@ -146,6 +114,7 @@ void greedy(const Block<T>* all, const Sizes* sizes, const Answer<T>* answer, co
                   count, n, write_only, leave, expand, d_ref, eps, mixer_eps);
     };
     for (int64_t t = 0; t < a.limit; t++) {
+        const int64_t beside = t ? 0 : a.prompt;
         int64_t i = 0;
         bool decided = false;
         while (i < depth && !decided) {
@@ -156,9 +125,14 @@ void greedy(const Block<T>* all, const Sizes* sizes, const Answer<T>* answer, co
                 for (to = from; to < stop && a.behind[to] == late; to++) a.behind[to] = 0;
                 if (late) run(from, to, t - late, late, nullptr, true);
             }
-            run(i, stop, t, 1, gate, false);
+            run(i, stop, t - beside, 1 + beside, beside ? nullptr : gate, false);
             i = stop, decided = reached[1];
+            if (beside && gate && i < count && gate->points[i] >= 0) {
+                *sure = confidence<P>(*gate, gate->points[i], a.states, D, d_ref, eps);
+                decided = *sure > leave || (2 * i > count && *sure < expand);
+            }
         }
+        if (beside && i < count) run(i, count, -beside, beside, nullptr, false);
         if (decided && *sure <= leave) {
             reached[0] = t, reached[1] = i;
             return;
@@ -193,5 +167,6 @@ EXPORT(mlp)
 EXPORT(attention)
 EXPORT(mamba)
 EXPORT(replay)
+EXPORT(predictor)
 EXPORT(blocks)
 EXPORT(greedy)
