@@ -12,7 +12,7 @@ from nanochat.common import get_rank
 from nanochat.confidence_probe import gumbel_temperature
 from nanochat.distributed import all_sum
 from nanochat.loss_eval import (
-    GATE_TOKENS,
+    PROBED,
     Student,
     controls_backward,
     matryoshka_backward,
@@ -47,16 +47,18 @@ class ElasticStep:
     Called with (step, x, y, share) for each pass: backpropagates, and returns its part of the step's losses. recipe: None
     (the full pass alone), one of RECIPES, or 'controls value' or 'controls gumbel' (predictor and gate alone; how the
     predictor learns). sample: sampled widths and exits instead of each level in turn. levels: the widths that students learn
-    (None: all). steps: of the run. draft_exit: also a student of full width that leaves after so many blocks. Losses by
-    width: 'kl_' where a teacher's graph is there, else 'narrow_', which with recipe 'lean' is half text, half teacher, and
-    'loss_', the full pass's; 'loss' is then the mean over all rows.
+    (None: all). steps: of the run. draft_exit: also a student of full width that leaves after so many blocks. exits: the
+    full pass of a recipe also learns to answer at the exit points (loss_eval.exit_loss). Losses by width: 'kl_' where a
+    teacher's graph is there, else 'narrow_', which with recipe 'lean' is half text, half teacher, and 'loss_', the full
+    pass's; 'loss' is then the mean over all rows.
     """
     def __init__(self, model, seed: int, steps: int, recipe: str | None, sample: bool = True, levels=None,
-                 student_every: int = 4, energy_weight: float = 1.0, draft_exit: int | None = None):
+                 student_every: int = 4, energy_weight: float = 1.0, draft_exit: int | None = None, exits: bool = True):
         assert draft_exit is None or recipe is None or recipe in TAUGHT, "drafts have a teacher"
         self.model, self.seed, self.steps, self.recipe, self.sample = model, seed, steps, recipe, sample
         self.levels, self.every, self.energy_weight = levels or model.config.levels, student_every, energy_weight
         self.draft_exit, self._flops, self._looking = draft_exit, {}, None
+        self.exits = exits and bool(model.config.exit_points)  # a single pair of blocks has none
         self.context = (model.config.sequence_len + 1) / 2  # of a token, on average
 
     def __call__(self, step: int, x: torch.Tensor, y: torch.Tensor, share: Share) -> dict:
@@ -80,33 +82,44 @@ class ElasticStep:
             # no row expands: these recipes learn more for expanded caches, too, at fixed widths (dev/LOG.md)
             student = sample_students(config, rows, T, splits, g, 0, rank, world, self.levels)[0]
             whole = 0 if self.recipe == "single" else len(range(rank, rows * world // 2, world))  # of this rank's rows
+            weight = share.tokens / max(1, int((y >= 0).sum()))
             out = {"loss": 0.0, "flops": 0.0}
-            for label, at, widths, exits in (
-                    (f"narrow_{student.label}", slice(whole, rows), student.widths, student.exits[whole:]),
-                    (f"loss_{config.top_width}", slice(0, whole), None, None)):
-                if at.stop > at.start:
-                    teacher, flops = None, self.flops(widths, x[at].numel())
-                    if self.recipe == "lean" and widths is not None:
-                        with torch.no_grad():
-                            _, teacher = model(x[at], y[at])
-                        flops += self.looking_flops() * x[at].numel()
-                    loss, _ = model(x[at], y[at], widths=widths, exits=exits, teacher=teacher, text=TEXT_SHARE)
-                    weight = share.tokens * int((y[at] >= 0).sum()) / max(1, int((y >= 0).sum()))
-                    (loss * weight).backward()
-                    for name, value in (("loss", loss.detach() * weight), (label, loss.detach() * weight),
-                                        (f"{label}:", weight), ("flops", flops)):
-                        out[name] = out.get(name, 0.0) + value
+
+            def count(label, loss, weight):
+                out[label] = out.get(label, 0.0) + loss.detach() * weight
+                out[f"{label}:"] = out.get(f"{label}:", 0.0) + weight
+            if whole < rows:
+                teacher, x1, y1 = None, x[whole:], y[whole:]
+                out["flops"] += self.flops(student.widths, x1.numel())
+                if self.recipe == "lean":
+                    with torch.no_grad():
+                        _, teacher = model(x1, y1)
+                    out["flops"] += self.looking_flops() * x1.numel()
+                loss, _ = model(x1, y1, widths=student.widths, exits=student.exits[whole:], teacher=teacher, text=TEXT_SHARE)
+                own = weight * int((y1 >= 0).sum())
+                (loss * own).backward()
+                count(f"narrow_{student.label}", loss, own)
+            if whole:
+                at = tokens_of_rows(y >= 0, PROBED, g, rank, world)
+                x1, y1, here = x[:whole], y[:whole], at[at < whole * T]
+                own, probed = weight * int((y1 >= 0).sum()), share.probed * len(here) / max(1, len(at))
+                losses = matryoshka_backward(model, x1, y1, [], own, exit_at=here if self.exits else None, at_scale=probed)
+                out["flops"] += self.flops(None, x1.numel()) + self.exit_flops(len(here))
+                count(f"loss_{config.top_width}", losses["loss"], own)
+                if self.exits:
+                    count("exits", losses["exits"], probed)
+            out["loss"] = sum(v for k, v in out.items() if k.startswith(("narrow_", "loss_")) and not k.endswith(":"))
             return out
-        # a single pair of blocks has no exit for a gate to learn at
-        at = tokens_of_rows(y >= 0, GATE_TOKENS, g, rank, world) if config.exit_points else None
+        at = tokens_of_rows(y >= 0, PROBED, g, rank, world)
         students = self._students(step, rows, T, splits, g, rank, world) + drafts
         by_width = {}
-        losses = matryoshka_backward(model, x, y, students, share.tokens, at, share.gate, by_width)
-        weights = {"gate": share.gate}
+        losses = matryoshka_backward(model, x, y, students, share.tokens, at if config.exit_points else None,
+                                     at if self.exits else None, share.probed, by_width)
+        weights = {"gate": share.probed, "exits": share.probed}
         out = {k: v * weights.get(k, share.tokens) for k, v in losses.items()}
         for width, (loss, weight) in by_width.items():
             out |= {f"kl_{width}": loss, f"kl_{width}:": weight}
-        return out | {"flops": full + self.student_flops(students, x)}
+        return out | {"flops": full + self.student_flops(students, x) + self.exit_flops(len(at))}
 
     def _students(self, step, rows, T, splits, g, rank, world) -> list[Student]:
         if self.recipe == "every" and step % self.every:
@@ -128,6 +141,13 @@ class ElasticStep:
             tokens, depth = x[s.start:s.stop].numel(), self.model.config.n_block if s.exits is None else int(s.exits.max())
             total += self.flops(s.widths, tokens) * depth / self.model.config.n_block + head * tokens
         return total
+
+    def exit_flops(self, tokens: int) -> float:
+        """Of what so many tokens answer at the exit points, forward and backward, and of the answers they learn from."""
+        if not self.exits:
+            return 0.0
+        head, trained = self.model.cost()["head"].flops, self.model.lm_head.weight.requires_grad
+        return (3 + trained) * head * len(self.model.config.exit_points) * tokens
 
     def looking_flops(self) -> float:
         """Of a token in a teacher's forward pass, whose logits the student compares with anew."""

@@ -27,7 +27,8 @@ from nanochat.matryoshka import cost_table, energy, expand_from, norm, sample_ex
 
 CHUNK = 256  # tokens; their fp32 logits for 8192 classes are 8 MB, which stays in a CPU's last-level cache
 ANSWER = 3  # tokens, for which the predictor's values of levels hold
-GATE_TOKENS = 16  # of a row, that the gate learns from in a pass (`python -m scripts.bench train` says what that costs)
+EXIT_WEIGHT = 0.5  # of exit_loss beside the full pass's cross-entropy
+PROBED = 16  # tokens of a row that gate and exits learn from in a pass (`python -m scripts.bench train`: what that costs)
 
 
 def head_logits(h: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
@@ -192,20 +193,33 @@ def sample_students(config, rows: int, T: int, starts: torch.Tensor, generator: 
 
 
 def matryoshka_backward(model, x, y, students: list[Student], scale: float,
-                        gate_at: torch.Tensor | None = None, gate_scale: float | None = None,
-                        by_width: dict | None = None) -> dict[str, torch.Tensor]:
+                        gate_at: torch.Tensor | None = None, exit_at: torch.Tensor | None = None,
+                        at_scale: float | None = None, by_width: dict | None = None) -> dict[str, torch.Tensor]:
     """
     One training step's losses (DESIGN 8), backward included, each multiplied by `scale`: cross-entropy of the full
     pass (the teacher), then the KL of each student's narrow pass to the teacher's detached
     distribution, averaged over the supervised tokens of all students. The teacher's graph is freed before a student's is
-    built. gate_at: flat indices into (B, T) of supervised tokens; the gate learns from the teacher pass at these, its loss
-    multiplied by gate_scale (None: scale). by_width: is filled with label -> [the students' loss times what it was
-    multiplied by, that factor], both summed. Returns the losses, detached: 'loss', 'kl', 'gate'.
+    built. gate_at: flat indices into (B, T) of supervised tokens; the gate learns from the teacher pass at these. exit_at:
+    likewise; at these the full pass also learns to answer at every exit point (exit_loss, times EXIT_WEIGHT). at_scale:
+    what these two losses are multiplied by instead (None: scale). by_width: is filled with label -> [the students' loss
+    times what it was multiplied by, that factor], both summed. Returns the losses, detached: 'loss', 'exits', 'kl', 'gate'.
     """
+    at_scale = scale if at_scale is None else at_scale
     shadow = None if gate_at is None else Shadow(gate_at)
-    loss, teacher = model(x, y, control=shadow)
-    (loss * scale).backward()
-    out = {"loss": loss.detach()}
+    leaving = None if exit_at is None else Shadow(exit_at, grad=True)
+
+    def watch(i, x, exits, levels):
+        for one in (shadow, leaving):
+            if one is not None:
+                one(i, x, exits, levels)
+        return exits, levels
+    loss, teacher = model(x, y, control=watch)
+    out, whole = {"loss": loss.detach()}, loss * scale
+    if leaving is not None:
+        at_exits = exit_loss(model, leaving, teacher, y)
+        out["exits"] = at_exits.detach()
+        whole = whole + EXIT_WEIGHT * at_scale * at_exits
+    whole.backward()
     counts = [s.counts * int((y[s.start:s.stop] >= 0).sum()) for s in students]
     for s, count in zip(students, counts):
         rows = slice(s.start, s.stop)
@@ -221,7 +235,7 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
     if shadow is not None:
         here = gate_at.to(x.device)
         gate, _ = gate_loss(model, shadow, teacher.flatten(0, 1)[here], y.flatten()[here])
-        (gate * (scale if gate_scale is None else gate_scale)).backward()
+        (gate * at_scale).backward()
         out["gate"] = gate.detach()
     return out
 
@@ -229,15 +243,28 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
 class Shadow:
     """
     Looks on at a pass's exit points, as GPT.hidden's control or Controls.parallel's watch, and keeps the states of a few
-    tokens for the gate, and whether they got there. at: flat indices into (B, T).
+    tokens, and whether they got there. at: flat indices into (B, T). grad: the states keep their gradient.
     """
-    def __init__(self, at: torch.Tensor):
-        self.at, self.seen = at, []
+    def __init__(self, at: torch.Tensor, grad: bool = False):
+        self.at, self.grad, self.seen = at, grad, []
 
     def __call__(self, i, x, exits, levels=None):
-        at = self.at.to(x.device)
-        self.seen.append((i, x.flatten(0, 1)[at].detach(), exits.flatten()[self.at] > i))
+        states = x.flatten(0, 1)[self.at.to(x.device)]
+        self.seen.append((i, states if self.grad else states.detach(), exits.flatten()[self.at] > i))
         return exits, levels
+
+
+def exit_loss(model, shadow: Shadow, teacher: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """
+    What the states that `shadow` has seen at the exit points of a full pass would answer there: half cross-entropy, half KL
+    to the pass's own end, a mean over tokens and points. teacher (B, T, D): its normed final states; y (B, T) int64. One
+    product with the head and no further pass, and yet it is what makes exits at full width worth taking: student passes
+    are seldom that wide, and the full pass was never asked there (dev/LOG.md; Schuster et al. 2022, arXiv 2207.07061,
+    train exits so too).
+    """
+    c, at, n = model.config, shadow.at.to(y.device), len(shadow.seen)
+    states = torch.stack([norm(x, c.d_ref, c.norm_eps) for _, x, _ in shadow.seen])
+    return model.lm_head.loss(states, y.flatten()[at].expand(n, -1), teacher.flatten(0, 1)[at].expand_as(states), text=0.5)
 
 
 def gate_loss(model, shadow: Shadow, full: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -293,10 +320,12 @@ def value_loss(model, x, y, starts, full: torch.Tensor, generator, rank: int = 0
     The predictor's other loss, by regression: what does a plan do to an answer? Each row runs a plan of draw_plans, sliced
     and without gradient; the mean KL of its distributions behind the prompt to those at full compute, for an answer of
     ANSWER tokens, is what the plan costs. The values given up, top - chosen summed over blocks, are fitted to it on the
-    scale of x / (1 + |x|), since what is spoiled cannot be spoiled much more. Unlike straight-through gradients this sees
-    what several narrow blocks do together, at a third of the compute (dev/LOG.md). Energy enters by the price at which
-    plans are drawn here and chosen later. full (B, T, D): normed final states at full compute; the rest as in
-    predictor_loss. Returns the loss and the means 'kl' and 'share' (of full compute) of the plans.
+    scale of x / (1 + x), since what is spoiled cannot be spoiled much more, as two probabilities: by the divergence between
+    them, whose best guess is the mean as a squared error's is, but which tells 0.001 from 0.01 as well as 0.1 from 0.5, and
+    where next to nothing is lost the prices lie. Unlike straight-through gradients this sees what several narrow blocks do
+    together, at a third of the compute (dev/LOG.md). Energy enters by the price at which plans are drawn here and chosen
+    later. full (B, T, D): normed final states at full compute; the rest as in predictor_loss. Returns the loss and the means
+    'kl' and 'share' (of full compute) of the plans.
     """
     c, (B, T) = model.config, x.shape
     t = torch.arange(T, device=x.device)
@@ -310,7 +339,8 @@ def value_loss(model, x, y, starts, full: torch.Tensor, generator, rank: int = 0
         kl, _ = model(x, answer, widths=levels[at.cpu()], teacher=full, reduction="none")
         kl = ANSWER * kl.view(B, T).sum(1) / (answer >= 0).sum(1).clamp(min=1)
     lost = (values[..., -1] - values.gather(2, at.unsqueeze(2))[..., 0]).sum(1)
-    loss = F.mse_loss(F.softsign(lost), F.softsign(kl))
+    said, truth = (F.softsign(v.clamp(min=0) + 1e-6) for v in (lost, kl))
+    loss = sum((p * (p / q).log()).mean() for p, q in ((truth, said), (1 - truth, 1 - said)))
     share = shares.gather(1, at.T.cpu()).sum(0).mean() + floor - shares[:, 0].sum()
     return loss, {"kl": kl.mean(), "share": share}
 

@@ -66,8 +66,26 @@ def orthogonalize_shards(shards: list[torch.Tensor], rows: int, mesh) -> list[to
     for out, part in zip(mine, done):
         out.copy_(part)
     each = mine.new_empty(n, most, len(shards[0]), cols)
-    dist.all_gather_into_tensor(each.flatten(), mine.flatten(), group=mesh.get_group("replicate"))
+    dist.all_gather_single(each.flatten(), mine.flatten(), group=mesh.get_group("replicate"))
     return [each[i % n, i // n] for i in range(len(shards))]
+
+
+def orthogonalize_whole(G: torch.Tensor) -> torch.Tensor:
+    """
+    orthogonalize() of G (n, rows, cols) that every rank holds whole and alike: each computes its share, all learn all. All
+    ranks must call it, with matrices of one shape at a time, in one order.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return orthogonalize(G)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    each = -(-len(G) // world)
+    mine = G.new_zeros(each, *G.shape[1:], dtype=get_compute_dtype(G.device.type))  # as in _among_ranks
+    share = G[rank * each:(rank + 1) * each]
+    if len(share):
+        mine[:len(share)] = orthogonalize(share)
+    out = mine.new_empty(world * each, *G.shape[1:])
+    dist.all_gather_single(out, mine)
+    return out[:len(G)].to(G.dtype)
 
 
 def _among_ranks(shards, rows, group):
@@ -111,7 +129,7 @@ def frozen_views(p: torch.Tensor, boxes: list, of: torch.Tensor) -> list[torch.T
 class Muon(torch.optim.Optimizer):
     """
     Momentum, then orthogonalised (Jordan et al. 2024), with Nesterov. Matrices of one shape go through Newton-Schulz
-    together, whole or shared out among the ranks that hold their rows. An update is scaled by sqrt(max(1, rows / cols)), as
+    together, shared out among the ranks that hold them or their rows. An update is scaled by sqrt(max(1, rows / cols)), as
     nanochat does. frozen: parameter -> boxes (tuples of slices) of it that no update reaches, nor weight decay.
     """
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, frozen=None):
@@ -137,7 +155,7 @@ class Muon(torch.optim.Optimizer):
                 if sharded:
                     updates = orthogonalize_shards(updates, shape[0], params[0].device_mesh)
                 else:
-                    updates = orthogonalize(torch.stack(updates)).to(weights[0].dtype).unbind(0)
+                    updates = orthogonalize_whole(torch.stack(updates)).to(weights[0].dtype).unbind(0)
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 if group["weight_decay"]:
                     updates = torch._foreach_add(updates, weights, alpha=group["weight_decay"] / scale)

@@ -19,7 +19,7 @@ from nanochat import mixture, step_checkpoint
 from nanochat.common import autodetect_device_type, get_compute_dtype, get_rank, print0
 from nanochat.dataloader import DataLoader
 from nanochat.distributed import all_sum, everyone, gradient_norm, init_processes, local, reduce_whole
-from nanochat.loss_eval import GATE_TOKENS
+from nanochat.loss_eval import PROBED
 from nanochat.matryoshka import block_cost
 from nanochat.monitor import Monitor, timer
 from nanochat.shards import EMBEDDED
@@ -141,18 +141,18 @@ def flag(name: str) -> str:
 
 class Share(NamedTuple):
     """
-    What part one pass of one rank has of a step's supervised tokens, of the tokens the gate looks at, of its passes; number:
-    which of the step's passes it is, on all ranks.
+    What part one pass of one rank has of a step's supervised tokens, of those that gate and exits learn from, of its passes;
+    number: which of the step's passes it is, on all ranks.
     """
     tokens: float
-    gate: float
+    probed: float
     passes: float
     number: int = 0
 
 
 def shares(batches: list) -> list[Share]:
-    """Of this rank's passes, [(x, y)], in a step of all ranks. Tokens and gate add up to 1 over passes and ranks."""
-    counts = torch.stack([torch.stack((n.sum(), n.clamp(max=GATE_TOKENS).sum())) for _, y in batches
+    """Of this rank's passes, [(x, y)], in a step of all ranks. Tokens and probed add up to 1 over passes and ranks."""
+    counts = torch.stack([torch.stack((n.sum(), n.clamp(max=PROBED).sum())) for _, y in batches
                           for n in [(y >= 0).sum(1)]]).double()
     total = all_sum(counts.sum(0)).clamp(min=1)
     return [Share(*row, 1 / len(batches), i) for i, row in enumerate((counts / total).tolist())]

@@ -14,7 +14,7 @@ from nanochat.common import get_compute_dtype, has_native_bf16
 from nanochat.engine import prepare_inference
 from nanochat.gpt import GPTConfig
 from nanochat.hybrid_gpt import HybridConfig
-from nanochat.loss_eval import GATE_TOKENS, matryoshka_backward, sample_students
+from nanochat.loss_eval import PROBED, matryoshka_backward, sample_students
 from nanochat.matryoshka import sample_levels
 from nanochat.optim import Muon, setup_optimizers
 from scripts.bench_stages import bench_sharded, bench_stages
@@ -171,9 +171,9 @@ def add_decode(parser) -> None:
 
 def bench_train(args) -> dict:
     """
-    Random-level passes of a hybrid d512 x 8+8, 8 x 512 tokens, against full passes and what their FLOPs predict; what
-    the gate adds to a training step of a full and a sampled pass; a stage-1 step and a student pass against their FLOPs;
-    and the optimizer shared out among two processes.
+    Random-level passes of a hybrid d512 x 8+8, 8 x 512 tokens, against full passes and what their FLOPs predict; what the
+    gate and the exits add to a training step of a full and a sampled pass; a stage-1 step and a student pass against their
+    FLOPs; and the optimizer shared out among two processes.
     """
     model = make(HybridConfig.from_base(GPTConfig.from_depth(8, 8192, 512)))
     dtype = model.compute_dtype = get_compute_dtype("cpu")
@@ -196,22 +196,22 @@ def bench_train(args) -> dict:
     predicted = sum(flops["random"]) / sum(flops["full"])
     print(f"random-level passes take {measured:.2f} of a full pass, FLOPs predict {predicted:.2f}: "
           f"{measured / predicted:.2f}x; full pass {x.numel() / statistics.median(times['full']):,.0f} tok/s ({dtype})")
-    starts, at = torch.full((8,), 128), torch.randperm(x.numel())[:8 * GATE_TOKENS]
+    starts, at = torch.full((8,), 128), torch.randperm(x.numel())[:8 * PROBED]
 
-    def step(gate_at, draws):
-        generator = torch.Generator().manual_seed(next(draws))  # the same samples for both
+    def step(gate_at, exit_at, draws):
+        generator = torch.Generator().manual_seed(next(draws))  # the same samples for all
         students = sample_students(model.config, 8, 512, starts, generator)
-        matryoshka_backward(model, x, y, students, 1.0, gate_at)
+        matryoshka_backward(model, x, y, students, 1.0, gate_at, exit_at)
         model.zero_grad(set_to_none=True)
-    a, b = itertools.count(), itertools.count()
-    steps = paired_times({"with": lambda: step(at, a), "without": lambda: step(None, b)},
-                         max(3, args.rounds // 3))
-    gate = median_ratio(steps, "with", "without") - 1
-    print(f"the gate's shadow loss on {len(at)} tokens adds {gate:.1%} to a training step")
+    a, b, c = itertools.count(), itertools.count(), itertools.count()
+    steps = paired_times({"gate": lambda: step(at, None, a), "exits": lambda: step(None, at, b),
+                          "without": lambda: step(None, None, c)}, max(3, args.rounds // 3))
+    gate, exits = (median_ratio(steps, k, "without") - 1 for k in ("gate", "exits"))
+    print(f"of {len(at)} tokens the gate's shadow loss adds {gate:.1%} to a training step, answers at the exits {exits:.1%}")
     stages = bench_stages(model, max(3, args.rounds // 3))
     return {"machine": machine("cpu"), "stages": stages, "sharded_optimizer": bench_sharded(max(3, args.rounds // 3)),
             "random_level_time_over_flops": measured / predicted, "time_ratio": measured,
-            "gate_share_of_step": gate, "flops_ratio": predicted,
+            "gate_share_of_step": gate, "exits_share_of_step": exits, "flops_ratio": predicted,
             "full_tok_per_s": x.numel() / statistics.median(times["full"])}
 
 

@@ -5,8 +5,8 @@ What a training step should do with its compute: the teacher's pass, the student
 
 A small hybrid is trained on the embedded text at full width, then goes on whole (--phase unfrozen); or a small base is
 trained, made a hybrid, and goes on in stage 1, with the base frozen (--phase "stage 1"). Either way each of fractal_train's
-recipes spends the same FLOPs, with the learning rate falling along those. Bits per byte at every mode, mean and standard
-deviation over seeds, say which is best.
+recipes spends the same FLOPs, with the learning rate falling along those. Bits per byte at every mode and, at full width,
+behind every exit point, mean and standard deviation over seeds, say which is best.
 """
 import argparse
 import copy
@@ -23,13 +23,14 @@ from nanochat.training import Share, set_rates
 from scripts.compare_surgery import T, Text, fresh_model, optimizers_of, small_base, train, write
 
 WHOLE = Share(1.0, 1.0, 1.0)  # a step is one pass of one process
-# name: recipe, and --student-every
-KINDS = {"full passes only": (None, 1), "both": ("both", 1), "every 2nd step": ("every", 2), "every 4th step": ("every", 4),
-         "half": ("half", 1), "lean": ("lean", 1), "split": ("split", 1), "single": ("single", 1)}
+# name: recipe, --student-every, and whether full passes learn to answer at the exit points
+KINDS = {"full passes only": (None, 1, False), "both": ("both", 1, True), "every 2nd step": ("every", 2, True),
+         "every 4th step": ("every", 4, True), "half": ("half", 1, True), "lean": ("lean", 1, True),
+         "lean, exits untaught": ("lean", 1, False), "split": ("split", 1, True), "single": ("single", 1, False)}
 
 
 def compare(args) -> dict:
-    """Bits per byte by kind, by mode, a list over seeds; and the steps that each kind made."""
+    """Bits per byte by kind, by mode or exit, a list over seeds; and the steps that each kind made."""
     config = small_base(args)
     if args.phase == "unfrozen":
         config = replace(HybridConfig.from_base(config), mamba_headdim=16, mamba_group_width=48, mamba_d_state=32)
@@ -41,13 +42,13 @@ def compare(args) -> dict:
         if args.phase == "stage 1":
             start = insert(start, seed)
         print0(f"seed {seed}: {start.num_params()['total']:,} parameters, {before:.4f} bits/byte after {args.steps} steps")
-        for name, (recipe, every) in KINDS.items():
+        for name, (recipe, every, exits) in KINDS.items():
             if args.kinds and name not in args.kinds:
                 continue
             model, t0 = copy.deepcopy(start), time.perf_counter()
             set_trained(model, args.phase, gate=recipe in TAUGHT)
             spent, steps = 0.0, 0
-            backward = ElasticStep(model, seed, args.more_steps, recipe, student_every=every)
+            backward = ElasticStep(model, seed, args.more_steps, recipe, student_every=every, exits=exits)
             total = args.more_steps * backward.flops(None, args.rows * T)
             opts = optimizers_of(model, args.lr_scale)
             while spent < total:
@@ -59,6 +60,8 @@ def compare(args) -> dict:
                 model.zero_grad(set_to_none=True)
                 steps += 1
             got = {mode: text.bpb(model, mode) for mode in model.config.distinct_modes}
+            got |= {f"{depth} of {model.config.n_block} blocks": text.bpb(model, exits=depth) for depth in
+                    model.config.exit_points}
             for mode, value in got.items():
                 result["bpb"].setdefault(name, {}).setdefault(mode, []).append(value)
             result["steps"].setdefault(name, []).append(steps)

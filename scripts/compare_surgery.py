@@ -56,8 +56,8 @@ class Text:
         self.bytes = self.tokenizer.token_bytes()
 
     @torch.no_grad()
-    def bpb(self, model, widths=None) -> float:
-        return evaluate_bpb(model, self.val, len(self.val), self.bytes, widths=widths)
+    def bpb(self, model, widths=None, exits=None) -> float:
+        return evaluate_bpb(model, self.val, len(self.val), self.bytes, widths=widths, exits=exits)
 
 
 def fresh_model(config, seed: int):

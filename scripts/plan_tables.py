@@ -9,6 +9,7 @@ import torch
 
 from nanochat.elastic_step import DEFAULT_RECIPE, ElasticStep
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
+from nanochat.loss_eval import PROBED
 from nanochat.matryoshka import sample_levels
 from nanochat.monitor import PEAK_FLOPS
 from nanochat.optim import state_bytes
@@ -86,14 +87,15 @@ def step_flops(model: HybridGPT) -> dict[str, float]:
     """
     FLOPs of a training step (recipe lean, fractal_train's default) per token of the batch: the 'full' pass of half of the
     rows and the 'narrow' one of the others, forward and backward, without gradients of what is frozen (training.pass_flops),
-    and their 'teacher', forward only. Narrow: the mean over draws of its levels; exits save nothing in training. Recomputed
-    activations are not counted, as in MFU.
+    and their 'teacher', forward only; 'exits': what some tokens of the full pass answer on the way. Narrow: the mean over
+    draws of its levels; exits save nothing in training. Recomputed activations are not counted, as in MFU.
     """
     c, generator = model.config, torch.Generator().manual_seed(0)
     assert DEFAULT_RECIPE == "lean"  # whose passes these are
     step = ElasticStep(model, seed=0, steps=1, recipe=DEFAULT_RECIPE)
     draws = [step.flops(sample_levels(c.levels, c.n_block, generator), 1) for _ in range(DRAWS)]
-    return {"full": step.flops(None, 1) / 2, "teacher": step.looking_flops() / 2, "narrow": sum(draws) / DRAWS / 2}
+    return {"full": step.flops(None, 1) / 2, "exits": step.exit_flops(PROBED) / c.sequence_len / 2,
+            "teacher": step.looking_flops() / 2, "narrow": sum(draws) / DRAWS / 2}
 
 
 def training(stage: Stage, args) -> dict[str, float]:
@@ -137,9 +139,10 @@ def show_tables(stages: list[Stage], args) -> dict:
          [[k, f"{m['weights_bf16']:.1f}", f"{m['masters']:.1f}", f"{m['gradients']:.1f}", f"{m['optimizer']:.1f}",
            f"{m['optimizer_if_all_trained']:.1f}", f"{1 - m['optimizer'] / m['optimizer_if_all_trained']:.0%}",
            f"{(m['masters'] + m['gradients'] + m['optimizer']) / args.gpus:.1f}"] for k, m in gb.items()])
+    parts = "full", "exits", "teacher", "narrow"
     show(f"training on {args.gpus} x {args.gpu} at {args.mfu:.0%} MFU and ${args.price:g} per GPU hour",
-         ["stage", "GFLOP per token", "(full)", "(teacher)", "(narrow)", "M tokens/h", "B tokens", "hours", "dollars"],
-         [[k, f"{t['flops_per_token'] / 1e9:.1f}", *(f"{t[p + '_flops'] / 1e9:.1f}" for p in ("full", "teacher", "narrow")),
+         ["stage", "GFLOP per token", *(f"({p})" for p in parts), "M tokens/h", "B tokens", "hours", "dollars"],
+         [[k, f"{t['flops_per_token'] / 1e9:.1f}", *(f"{t[p + '_flops'] / 1e9:.2f}" for p in parts),
            f"{t['tokens_per_hour'] / 1e6:.0f}", f"{t['tokens'] / 1e9:.1f}", f"{t['hours']:,.0f}", f"{t['dollars']:,.0f}"]
           for k, t in ((k, r["training"]) for k, r in result.items())])
     show("the first plan, and what it buys there",

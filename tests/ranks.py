@@ -164,7 +164,8 @@ def inject(kind: str, rank: int, at: int) -> None:
 
 
 def orthogonalized(world: int, nodes: int, path) -> None:
-    """Muon's updates of sharded matrices, and the elements that each exchange sends to others, into `path`."""
+    """Muon's updates of sharded matrices, the elements that each exchange sends to others, and the updates of the same
+    matrices where every rank holds them whole, into `path`."""
     distributed.init_processes("cpu")
     mesh, moved = distributed.make_mesh("cpu", nodes), []
     exchange = optim.dist.all_to_all_single
@@ -182,7 +183,9 @@ def orthogonalized(world: int, nodes: int, path) -> None:
         done = optim.orthogonalize_shards([s.to_local() for s in shards], shape[0], mesh)
         full = [DTensor.from_local(d, mesh, placements, shape=s.shape, stride=s.stride()).full_tensor()
                 for d, s in zip(done, shards)]
-        results[shape] = torch.stack(full), distributed.all_sum(torch.tensor(moved)).tolist()
+        alike = optim.orthogonalize_whole(whole)
+        assert torch.equal(distributed.all_sum(alike.double()), alike.double() * world)  # on every rank
+        results[shape] = torch.stack(full), distributed.all_sum(torch.tensor(moved)).tolist(), alike
     if distributed.get_rank()[0] == 0:
         torch.save(results, path)
     distributed.leave()

@@ -122,11 +122,15 @@ def test_a_recipe_makes_the_passes_it_promises(recipe, passes, monkeypatch):
         assert seen == want, number
         parts = {k[:-1]: losses[k] for k in losses if k.endswith(":")}
         if recipe in ("lean", "split", "single"):
-            assert parts == ({"narrow_8": 1.0} if recipe == "single" else {"narrow_8": 0.5, "loss_32": 0.5})
-            assert float(losses["loss"]) == pytest.approx(sum(float(losses[k]) for k in parts))
+            halves = {"narrow_8": 0.5, "loss_32": 0.5, "exits": 0.5}
+            assert parts == ({"narrow_8": 1.0} if recipe == "single" else halves)
+            assert float(losses["loss"]) == pytest.approx(sum(float(losses[k]) for k in parts if k != "exits"))
         full = sum(step.flops(None, n * ranks.T) if whole else step.looking_flops() * n * ranks.T
                    for n, whole in seen if whole is not False)
         narrow = sum(step.flops(model.config.levels[0], n * ranks.T) for n, whole in seen if whole is False)
+        probed = sum(n * loss_eval.PROBED for n, whole in seen if whole) if recipe else 0
+        assert ("exits" in losses) == (probed > 0)
+        flops -= step.exit_flops(probed)
         assert full + narrow <= flops <= full + 2 * narrow  # one row of four is a level wider from somewhere on
         seen.clear()
 
@@ -197,9 +201,10 @@ def test_frozen_tensors_hold_no_optimizer_state():
 @pytest.mark.parametrize("world, nodes", [(2, 1), (3, 1), (4, 2)])
 def test_muon_sharded_is_muon_whole_and_each_matrix_moves_once(tmp_path, world, nodes):
     ranks.together(world, ranks.orthogonalized, world, nodes, tmp_path / "o.pt", out=tmp_path)
-    for shape, (got, moved) in torch.load(tmp_path / "o.pt").items():
+    for shape, (got, moved, alike) in torch.load(tmp_path / "o.pt").items():
         whole = torch.randn(5, *shape, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(got, optim.orthogonalize(whole), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(alike, optim.orthogonalize(whole), atol=2e-5, rtol=1e-4)
         assert len(moved) == 2  # one exchange there, one back, for all matrices of a shape
         if shape[0] % (world // nodes) == 0:  # with as many rows on each rank, the part that is not at home already
             share = 1 - 1 / (world // nodes)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import language_parameters
 
-from nanochat.loss_eval import CHUNK, Student, evaluate_bpb, head_logits, head_loss, matryoshka_backward
+from nanochat.loss_eval import CHUNK, EXIT_WEIGHT, Student, evaluate_bpb, head_logits, head_loss, matryoshka_backward
 
 CAP = 15.0
 
@@ -98,10 +98,30 @@ def test_step_is_teacher_plus_mean_of_students(hybrid, tokens):
         torch.testing.assert_close(got[n], p.grad, atol=2e-6, rtol=2e-3)
 
 
+def test_the_full_pass_learns_to_answer_at_its_exits(hybrid, tokens):
+    """As if it had been run once for each exit point, with all tokens leaving there."""
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    at = torch.tensor([0, 3, 7, x.numel() - 1])
+    out = matryoshka_backward(hybrid, x, y, [], 0.5, exit_at=at, at_scale=0.25)
+    got = {n: p.grad.clone() for n, p in language_parameters(hybrid).items()}
+    hybrid.zero_grad()
+    full, targets = hybrid(x), y.flatten()
+    q, parts = torch.log_softmax(full.detach(), -1).flatten(0, 1)[at], []
+    assert len(hybrid.config.exit_points) > 1
+    for depth in hybrid.config.exit_points:
+        p = torch.log_softmax(hybrid(x, exits=torch.full(x.shape, depth)), -1).flatten(0, 1)[at]
+        parts.append((F.nll_loss(p, targets[at]) + F.kl_div(p, q, log_target=True, reduction="batchmean")) / 2)
+    want = sum(parts) / len(parts)
+    (0.5 * F.cross_entropy(full.flatten(0, 1), targets) + 0.25 * EXIT_WEIGHT * want).backward()
+    assert float(out["exits"]) == pytest.approx(want.item(), rel=1e-5)
+    for n, p in language_parameters(hybrid).items():
+        torch.testing.assert_close(got[n], p.grad, atol=2e-6, rtol=2e-3)
+
+
 def test_a_batch_without_supervised_tokens_changes_nothing(hybrid, tokens):
     """A batch of questions only: every loss and every gradient is zero, none is NaN."""
-    y = torch.full_like(tokens, -1)
+    y, none = torch.full_like(tokens, -1), torch.empty(0, dtype=torch.int64)
     students = [Student("ghost"), Student("normal", start=1, stop=2)]
-    losses = matryoshka_backward(hybrid, tokens, y, students, 1.0, torch.empty(0, dtype=torch.int64))
-    assert {k: float(v) for k, v in losses.items()} == {"loss": 0, "kl": 0, "gate": 0}
+    losses = matryoshka_backward(hybrid, tokens, y, students, 1.0, none, none)
+    assert {k: float(v) for k, v in losses.items()} == {"loss": 0, "exits": 0, "kl": 0, "gate": 0}
     assert all(p.grad is None or not p.grad.any() for p in hybrid.parameters())

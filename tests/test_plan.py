@@ -78,7 +78,7 @@ def test_flops_of_a_step():
 
 
 def test_a_student_pays_for_its_teachers_logits(hybrid):
-    """What a step counts beyond the pass itself is what torch counts for the KL beyond a cross-entropy."""
+    """What a step counts beyond the pass itself is what torch counts for the KL beyond a cross-entropy; so with exits."""
     x = torch.randint(300, (2, 8))
     step = ElasticStep(hybrid, seed=0, steps=1, recipe="both")
     more = step.student_flops([Student("normal"), Student("ghost", stop=1)], x) \
@@ -86,9 +86,11 @@ def test_a_student_pays_for_its_teachers_logits(hybrid):
 
     def counted(**teacher):
         with FlopCounterMode(display=False) as counter:
-            hybrid.lm_head.loss(torch.ones(3, 8, 64), torch.zeros(3, 8, dtype=torch.long), **teacher)
+            hybrid.lm_head.loss(torch.ones(3, 8, 64, requires_grad=True), torch.zeros(3, 8, dtype=torch.long), **teacher)
         return counter.get_total_flops()
-    assert more == counted(teacher=torch.ones(3, 8, 64)) - counted() > 0
+    both = counted(teacher=torch.ones(3, 8, 64))
+    assert more == both - counted() > 0
+    assert step.exit_flops(8) * 3 == both * len(hybrid.config.exit_points) > 0
 
 
 def test_the_command(d32, tmp_path, capsys):

@@ -59,11 +59,11 @@ def test_splits_never_overlap():
 
 
 def test_held_out_questions_differ_and_every_part_has_the_same_tasks():
-    """The smallest family runs out, evenly; the calibration's first fifth, which is for tuning, is like the rest."""
+    """The smallest family runs out, evenly; the calibration's first third, which is for tuning, is like the rest."""
     calibration, test = draw_many(0, 4500, "calibration"), draw_many(0, 2250, "test")
     for drawn in (calibration, test):
         assert len(set(drawn)) == len(drawn) and [i.difficulty for i in drawn[:3]] == list(DIFFICULTIES)
-    for part in (calibration[:900], calibration[900:], test):
+    for part in (calibration[:1500], calibration[1500:], test):
         assert 0.02 < sum(i.task in ("flip", "digits") for i in part) / len(part) < 0.05
     assert sum(i.task == "flip" for i in test) < 10
 

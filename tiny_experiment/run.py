@@ -1,9 +1,9 @@
 """
 Trains a small hybrid on the tasks, then its controls, calibrates them, and measures what adaptive compute costs and saves.
 
-The training step is the package's, recipe both of fractal_train: a full pass (teacher, cross-entropy), a narrow pass at
-sampled widths and exits that learns the teacher's distribution, then, on the finished model, gate and predictor. Only
-answers are supervised.
+The training step is the package's, recipe every of fractal_train: a full pass (teacher, cross-entropy) that learns to answer
+at its exit points too, in every second step a narrow pass at sampled widths and exits that learns the teacher's
+distribution, then, on the finished model, gate and predictor. Only answers are supervised.
 """
 import itertools
 import math
@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from bisect import bisect_left
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,17 +50,19 @@ class Settings:
     """
     Sizes of one run. `pieces`: passes per step, of rows of like length, since padding costs as much as text. processes:
     each on one core, with its own pieces; on a small model that is nearly twice as fast as two threads in one process.
+    student_every: steps to one with narrow passes.
     """
     steps: int = 1100
     students_from: int = 250  # the step from which narrow passes learn, from a teacher that is worth it by then
+    student_every: int = 2
     rows: int = 128
     pieces: int = 2
-    control_steps: int = 300
+    control_steps: int = 240
     control_rows: int = 128
-    calibration: int = 4500  # a fifth of them says what to test; twice `test`, see tasks.draw_many
+    calibration: int = 4500  # a third of them says what to test; twice `test`, see tasks.draw_many
     delta: float = 0.005  # the share of answers that adaptive compute may lose
     test: int = 2250
-    swept: int = 450  # of the test instances, for the curves
+    swept: int = 900  # of the test instances, for the curves
     timed: int = 90
     processes: int = 2
 
@@ -119,11 +122,14 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
         for k, piece in pieces_of(instances, s, step):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * s.pieces + k)
             x, y, starts = encoder.batch(piece)
-            expanding = len(x) if k == step % 4 else 0  # a quarter of all rows on average, whole passes at a time
-            students = [] if step < s.students_from else sample_students(model.config, len(x), x.size(1), starts - 1,
-                                                                         generator, expanding)
+            students = []
+            if step >= s.students_from and step % s.student_every == 0:
+                # a quarter of all rows on average, whole passes at a time
+                expanding = len(x) if k == step // s.student_every % 4 else 0
+                students = sample_students(model.config, len(x), x.size(1), starts - 1, generator, expanding)
             count = int((y >= 0).sum())
-            losses_here = matryoshka_backward(model, x, y, students, count / total)
+            losses_here = matryoshka_backward(model, x, y, students, count / total,
+                                              exit_at=(y.flatten() >= 0).nonzero()[:, 0])
             for name, v in losses_here.items():
                 losses[name] = losses.get(name, 0) + count * float(v)
             seen += count
@@ -206,7 +212,7 @@ def train_in_parallel(seed: int, s: Settings, between) -> tuple:
 
 class Judge:
     """A set of instances and what a policy makes of them."""
-    PIECE = 450  # instances in a pass, of like length: padding costs as much as text, and what a cache holds is faster
+    PIECE = 150  # instances in a pass, of like length: padding costs as much as text, and what a cache holds is faster
 
     def __init__(self, model, encoder: Encoder, instances: list):
         self.model, self.instances = model, instances
@@ -233,13 +239,21 @@ class Judge:
         if not isinstance(widths, torch.Tensor):
             widths = torch.tensor(self.model.resolve_widths(widths)).expand(n, -1)
         depth = torch.as_tensor(c.n_block if depth is None else depth).expand(n, T)
-        for rows in self.ends.argsort(stable=True).split(self.PIECE):
+
+        def judge(rows):
             t = int(self.ends[rows].max())
-            for name, value in self._pass(rows, t, widths[rows], depth[rows, :t], control, extra).items():
-                if name == "depth":
-                    out[name][rows, :t] = value
-                else:
-                    out[name][rows] = value
+            with torch.no_grad():  # for this thread
+                for name, value in self._pass(rows, t, widths[rows], depth[rows, :t], control, extra).items():
+                    if name == "depth":
+                        out[name][rows, :t] = value
+                    else:
+                        out[name][rows] = value
+        threads = torch.get_num_threads()
+        try:  # a pass this small gains little from two threads inside
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(judge, self.ends.argsort(stable=True).split(self.PIECE)))
+        finally:
+            torch.set_num_threads(threads)
         return out
 
     def _pass(self, rows, t, widths, depth, control, extra) -> dict:
@@ -412,7 +426,7 @@ def curves(judge: Judge, calibration: dict) -> dict:
     def sweep(score, extra, thresholds):
         return [judge.summary(judge(control=controls(t, score), extra=extra)) | {"threshold": t} for t in thresholds]
     out, g = {"gate": [], "random": []}, torch.Generator().manual_seed(0)
-    for t in THRESHOLDS:
+    for t in THRESHOLDS[::2]:
         result = judge(control=controls(t))
         out["gate"].append(judge.summary(result) | {"threshold": t})
         depths = result["depth"][judge.answer]
@@ -446,7 +460,7 @@ def measure(model, encoder: Encoder, seed: int, s: Settings, first: dict, folder
     test, swept = Judge(model, encoder, instances), Judge(model, encoder, instances[:s.swept])
     prepare_inference(model, "cpu", torch.float32)
     held_out = draw_many(seed, s.calibration, "calibration")
-    n = s.calibration // 5
+    n = s.calibration // 3
     calibration, losses = calibrate_answers(*(Judge(model, encoder, part) for part in (held_out[:n], held_out[n:])), s.delta)
     budget, prices = calibration["budget"] or 1.0, calibration["prices"]
     calibration["budget"] = budget  # where nothing passed, full compute
