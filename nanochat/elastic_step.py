@@ -29,7 +29,7 @@ RECIPES = {
     "half": "the narrow pass for half of the rows",
     "lean": "a full pass of half of the rows, a narrow one of the others, which learns the text and what the whole model "
             "says of it in a forward pass alone",
-    "split": "a full pass of half of the rows, a narrow one of the others, cross-entropy only, no teacher",
+    "split": "a full pass of half of the rows, a narrow one of the others, which learns the text, no teacher",
     "single": "one pass at sampled widths, cross-entropy only, no teacher",
 }
 TAUGHT = {"both", "every", "half"}  # their full and narrow passes see the same rows, so that the gate can learn along

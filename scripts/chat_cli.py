@@ -60,8 +60,8 @@ def main(argv=None):
                    help="ghost, whisper, normal, think, god, a width, or auto: as much as each prompt and token needs "
                         "(default: god, the full width)")
     p.add_argument("--budget", type=float, default=None,
-                   help="for --mode auto: share of full compute that the widths may cost, exits not counted (default: what "
-                        "the checkpoint was calibrated at)")
+                   help="for --mode auto: share of full compute that the widths may cost on average over prompts, exits not "
+                        "counted (default: what the checkpoint was calibrated at)")
     p.add_argument("--lossless", action="store_true",
                    help="the tokens of full compute (greedy) or its distribution, faster where drafts pay: --mode then says "
                         "how tokens are drafted (auto: by what it has brought so far)")

@@ -5,9 +5,9 @@ Bits per byte and compute of a model at each of its modes; or the calibration of
     python -m scripts.fractal_eval --checkpoint ~/.cache/nanochat/fractal_checkpoints/d4_256_unfrozen_auto \
         --calibrate --delta 0.02 --epsilon 0.05
 
-Calibration chooses the exit threshold by Learn-then-Test on held-out text: with probability 1 - epsilon over that text,
-mode auto's greedy tokens differ from full compute's in at most a share delta. It writes the threshold and the evidence into
-the checkpoint's config.json.
+Calibration chooses budget and exit threshold by Learn-then-Test on held-out text: with probability 1 - epsilon over that
+text, mode auto's greedy tokens differ from full compute's in at most a share delta. It writes both and the evidence into the
+checkpoint's config.json.
 
 FLOPs are per token at the mean context of the evaluation. The dynamic part (attention and MLP) shrinks with the mode;
 the Mamba mixers and the head do not, so the whole model's share is given beside it.
@@ -163,13 +163,18 @@ def calibrate_checkpoint(args, model, tokenizer, info, file, data, device) -> di
     evidence |= {"risk": "share of greedy tokens that differ from full compute's", "new_tokens": args.new_tokens,
                  "prompt_tokens": start, "prices": prices}
     if evidence["exit_threshold"] is None:
-        raise ValueError(f"nothing keeps the risk below {args.delta}: without any exit {evidence['observed'][0]:.1%} of the "
-                         f"tokens differ at a budget of {settings[0][0]}: raise --budget or --delta, or train longer")
+        differ = (f"nothing keeps the risk below {args.delta}: without any exit {evidence['observed'][0]:.1%} of the tokens "
+                  f"differ at a budget of {settings[0][0]}")
+        if evidence["observed"][0] < args.delta:
+            raise ValueError(f"{differ}, and {evidence['sequences']} sequences do not prove that it is so few: raise "
+                             "--sequences or --delta")
+        more = "" if settings[0][0] == 1 else "--budget or "
+        raise ValueError(f"{differ}: raise {more}--delta, or train longer")
     config = replace(model.config, **calibrated_thresholds(evidence["exit_threshold"], model.config))
     ckpt.save_json(info | {"config": asdict(config), "calibration": evidence}, file.parent / "config.json")
     at = evidence["settings"].index([evidence["budget"], evidence["exit_threshold"]])
-    print0(f"budget {evidence['budget']}, exit threshold {evidence['exit_threshold']}: with {1 - args.epsilon:.0%} "
-           f"confidence at most {args.delta:.0%} of the tokens differ; {evidence['observed'][at]:.2%} did in "
+    print0(f"budget {evidence['budget']}, exit threshold {evidence['exit_threshold']}: with {1 - args.epsilon:.4g} "
+           f"confidence at most a share of {args.delta:g} of the tokens differ; {evidence['observed'][at]:.2%} did in "
            f"{evidence['sequences']} sequences\nwrote {file.parent / 'config.json'}")
     return evidence
 
@@ -180,14 +185,15 @@ def main(argv=None):
     p.add_argument("--checkpoint", required=True, help="a model's folder (export or training), or the model.pt in it")
     add_eval_args(p, 163840)
     p.add_argument("--json", default=None, help="also write the table to this file")
-    p.add_argument("--calibrate", action="store_true", help="choose the exit threshold of mode auto, instead of the table")
+    p.add_argument("--calibrate", action="store_true",
+                   help="choose budget and exit threshold of mode auto, instead of the table")
     p.add_argument("--delta", type=float, default=0.02, help="the risk to stay below: share of tokens (default: 0.02)")
     p.add_argument("--epsilon", type=float, default=0.05, help="the chance that the promise fails (default: 0.05)")
     p.add_argument("--budget", type=float, default=None,
                    help="share of full compute that the predictor's widths may cost, and auto's default (default: tuned, "
                         "with the threshold, on a quarter of the sequences)")
     p.add_argument("--sequences", type=int, default=256,
-                   help="held-out sequences to calibrate on; some serve to fit the predictor's prices (default: 256)")
+                   help="held-out sequences to calibrate on; a part serves to fit prices and to tune (default: 256)")
     p.add_argument("--new-tokens", type=int, default=32, help="generated tokens of each (default: 32)")
     args = p.parse_args(argv)
 

@@ -13,9 +13,9 @@ and the gate of mode auto.
         $NANOCHAT_BASE_DIR/fractal_checkpoints/d4_256_unfrozen --controls
 
 Each step is a full pass and, with --matryoshka, a narrow one at sampled widths and exits: --recipe says of which rows, and
-whether the narrow pass learns from the text or from the full one; some tokens of the full pass then also learn to answer at
-its exit points. With --controls the model stays as it is, and gate and
-predictor learn on the passes that they decide themselves. The result is model.pt, optim.pt, config.json and
+whether the narrow pass learns from the text or from the full one; some tokens of the full pass, where there is one, also
+learn to answer at its exit points. With --controls the model stays as it is, and gate and predictor learn on the passes that
+they decide themselves. The result is model.pt, optim.pt, config.json and
 tokenizer/ in fractal_checkpoints/<tag>_<width>[_unfrozen][_auto]/ under NANOCHAT_BASE_DIR, beside the step_N/ folders that
 the same command resumes from, on any number of processes.
 """

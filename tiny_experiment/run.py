@@ -381,8 +381,8 @@ def spent(judge: Judge, traces: list[Trace]) -> dict:
 
 def wall_clock(engine: Engine, judge: Judge, encoder: Encoder, n: int) -> dict:
     """
-    Batch 1, full and adaptive in turns: milliseconds per answer (medians), up to its first token and behind it; and full
-    over adaptive, sums of the whole answers and of what lies behind the first token.
+    Batch 1, full and adaptive in turns: mean milliseconds per answer, up to its first token and behind it; and full over
+    adaptive, of the whole answers and of what lies behind the first token.
     """
     times = {None: ([], []), "auto": ([], [])}
     for r in range(n + 3):
@@ -395,7 +395,7 @@ def wall_clock(engine: Engine, judge: Judge, encoder: Encoder, n: int) -> dict:
             list(answer)
             if r >= 3:
                 taken[0].append(first - start), taken[1].append(time.perf_counter() - first)
-    ms = {mode or "full": [1e3 * statistics.median(part) for part in taken] for mode, taken in times.items()}
+    ms = {mode or "full": [1e3 * statistics.mean(part) for part in taken] for mode, taken in times.items()}
     full, auto = ([sum(part) for part in taken] for taken in times.values())
     return {"first_ms": {k: v[0] for k, v in ms.items()}, "rest_ms": {k: v[1] for k, v in ms.items()},
             "speedup": full[1] / auto[1], "whole_speedup": sum(full) / sum(auto)}
