@@ -9,7 +9,7 @@ from array import array
 
 import torch
 
-from nanochat.cpu_decode import DTYPES, operator
+from nanochat.cpu_decode import DTYPES, operator, plain
 from nanochat.mamba_block import NORM_EPS
 
 # csrc/decode.cpp's struct Block: its words, and those that change from call to call
@@ -36,10 +36,9 @@ class BlockRun:
                 owner = root._modules if name in root._modules else root._parameters
                 root = owner[name]
                 self.found.append((owner, name, root))
-            plain = type(root) in (torch.nn.Parameter, torch.Tensor) and root.device.type == "cpu" and root.is_contiguous()
-            self.able &= plain and root.dtype == dtype  # a sharded one, for instance, is not
+            self.able &= plain(root) and root.dtype == dtype
             self.parameters.append(root)
-            return root.data_ptr() if plain else 0
+            return root.data_ptr() if plain(root) else 0
         for i, block in enumerate(self.blocks):
             words = [0] * WORDS
             words[2:4] = [place(block, f"mlp.{name}.weight") for name in ("c_fc", "c_proj")]
@@ -133,9 +132,9 @@ class BlockRun:
         if owed:
             tokens[:owed], states[:, :owed] = array("q", late[0][0].tolist()), late[1]
         tokens[owed:front + 1] = array("q", text)
-        first = _place(tokens) + front * tokens.itemsize, states[:, front:].data_ptr()
-        answer = array("q", [cache.chunk.start + prompt, limit, prompt, _place(stops), len(stops), first[0], _place(depths),
-                             first[1], _place(behind), self.head, logits.data_ptr(), c.vocab_size])
+        answer = array("q", [cache.chunk.start + prompt, limit, prompt, _place(stops), len(stops),
+                             _place(tokens) + front * tokens.itemsize, _place(depths), states[:, front:].data_ptr(),
+                             _place(behind), self.head, logits.data_ptr(), c.vocab_size])
         reached, sure = array("q", [0, 0]), array("f", [0])
         cos, sin = cache.chunk.tables
         operator("greedy", self.dtype)(
@@ -144,9 +143,10 @@ class BlockRun:
             *(bar or (0.0, 0.0)), c.softcap, c.d_ref, c.norm_eps, NORM_EPS)
         done, at = reached
         end = front + done
-        start = end - max(behind)
-        owing = (torch.tensor([tokens[start:end]], dtype=torch.long, device="cpu"), states[:, start:end])
-        cache.took(prompt + done, owing if start < end else None, levels, behind.tolist())
+        start, late = end - max(behind), None
+        if start < end:
+            late = torch.tensor([tokens[start:end]], dtype=torch.long, device="cpu"), states[:, start:end]
+        cache.took(prompt + done, late, levels, behind.tolist())
         undecided = (at, states[:, end:end + 1], sure[0]) if at else None
         return tokens[front + 1:end + 1].tolist(), depths[:done].tolist(), undecided
 

@@ -32,6 +32,11 @@ def _free(t: torch.Tensor) -> bool:
     return type(t) is torch.Tensor and t.device.type == "cpu" and _allowed()
 
 
+def plain(weight: torch.Tensor) -> bool:
+    """Whether the operators can take a whole weight by its address: a sharded one, for instance, they cannot."""
+    return type(weight) in (torch.nn.Parameter, torch.Tensor) and weight.device.type == "cpu" and weight.is_contiguous()
+
+
 def serves(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Whether the operators take x (..., k) with these weights: on a CPU, no gradients, few rows, all of one dtype."""
     return (_free(x) and x.dtype in DTYPES and 0 < x.numel() <= MAX_ROWS * x.size(-1)
@@ -40,7 +45,8 @@ def serves(x: torch.Tensor, *weights: torch.Tensor) -> bool:
 
 def serves_tokens(idx: torch.Tensor) -> bool:
     """Whether a run of blocks (see block_run.py) takes tokens idx (B, T), if it takes their states' dtype."""
-    return _free(idx) and idx.dtype in (torch.int64, torch.int32) and serves_rows(idx.numel())
+    return (type(idx) is torch.Tensor and idx.device.type == "cpu" and idx.dtype in (torch.int64, torch.int32)
+            and serves_rows(idx.numel()))
 
 
 def serves_rows(n: int) -> bool:
@@ -50,10 +56,8 @@ def serves_rows(n: int) -> bool:
 
 def serves_prompts(idx: torch.Tensor, table: torch.Tensor, dtype: torch.dtype, control) -> bool:
     """Whether `predictor` takes prompts idx (B, T), the table of their embeddings, used in this dtype, and the control."""
-    plain = all(type(w) in (torch.nn.Parameter, torch.Tensor) and w.device.type == "cpu" and w.is_contiguous()
-                for w in (table, *control.parameters()))
-    return (plain and _free(idx) and idx.dtype == torch.int64 and dtype in DTYPES and table.dtype == dtype
-            and all(w.dtype == torch.float32 for w in control.parameters())
+    return (_free(idx) and idx.dtype == torch.int64 and dtype in DTYPES and table.dtype == dtype and plain(table)
+            and all(plain(w) and w.dtype == torch.float32 for w in control.parameters())
             and 0 <= int(idx.min()) <= int(idx.max()) < len(table) and library() is not None)
 
 

@@ -57,7 +57,7 @@ class ElasticStep:
         assert draft_exit is None or recipe is None or recipe in TAUGHT, "drafts have a teacher"
         self.model, self.seed, self.steps, self.recipe, self.sample = model, seed, steps, recipe, sample
         self.levels, self.every, self.energy_weight = levels or model.config.levels, student_every, energy_weight
-        self.draft_exit, self._flops, self._looking = draft_exit, {}, None
+        self.draft_exit, self._flops, self._looking, self._head = draft_exit, {}, None, model.cost()["head"].flops
         self.exits = exits and bool(model.config.exit_points)  # a single pair of blocks has none
         self.context = (model.config.sequence_len + 1) / 2  # of a token, on average
 
@@ -85,9 +85,9 @@ class ElasticStep:
             weight = share.tokens / max(1, int((y >= 0).sum()))
             out = {"loss": 0.0, "flops": 0.0}
 
-            def count(label, loss, weight):
-                out[label] = out.get(label, 0.0) + loss.detach() * weight
-                out[f"{label}:"] = out.get(f"{label}:", 0.0) + weight
+            def note(label, loss, weight):
+                out[label], out[f"{label}:"] = loss.detach() * weight, weight
+                return out[label]
             if whole < rows:
                 teacher, x1, y1 = None, x[whole:], y[whole:]
                 out["flops"] += self.flops(student.widths, x1.numel())
@@ -98,17 +98,16 @@ class ElasticStep:
                 loss, _ = model(x1, y1, widths=student.widths, exits=student.exits[whole:], teacher=teacher, text=TEXT_SHARE)
                 own = weight * int((y1 >= 0).sum())
                 (loss * own).backward()
-                count(f"narrow_{student.label}", loss, own)
+                out["loss"] += note(f"narrow_{student.label}", loss, own)
             if whole:
                 at = tokens_of_rows(y >= 0, PROBED, g, rank, world)
                 x1, y1, here = x[:whole], y[:whole], at[at < whole * T]
                 own, probed = weight * int((y1 >= 0).sum()), share.probed * len(here) / max(1, len(at))
                 losses = matryoshka_backward(model, x1, y1, [], own, exit_at=here if self.exits else None, at_scale=probed)
                 out["flops"] += self.flops(None, x1.numel()) + self.exit_flops(len(here))
-                count(f"loss_{config.top_width}", losses["loss"], own)
+                out["loss"] += note(f"loss_{config.top_width}", losses["loss"], own)
                 if self.exits:
-                    count("exits", losses["exits"], probed)
-            out["loss"] = sum(v for k, v in out.items() if k.startswith(("narrow_", "loss_")) and not k.endswith(":"))
+                    note("exits", losses["exits"], probed)
             return out
         at = tokens_of_rows(y >= 0, PROBED, g, rank, world)
         students = self._students(step, rows, T, splits, g, rank, world) + drafts
@@ -136,18 +135,18 @@ class ElasticStep:
         Of all their passes, and of the teacher's logits, which each compares with anew. The parallel form computes every
         token down to the deepest exit.
         """
-        head, total = self.model.cost()["head"].flops, 0.0
+        total = 0.0
         for s in students:
             tokens, depth = x[s.start:s.stop].numel(), self.model.config.n_block if s.exits is None else int(s.exits.max())
-            total += self.flops(s.widths, tokens) * depth / self.model.config.n_block + head * tokens
+            total += self.flops(s.widths, tokens) * depth / self.model.config.n_block + self._head * tokens
         return total
 
     def exit_flops(self, tokens: int) -> float:
         """Of what so many tokens answer at the exit points, forward and backward, and of the answers they learn from."""
         if not self.exits:
             return 0.0
-        head, trained = self.model.cost()["head"].flops, self.model.lm_head.weight.requires_grad
-        return (3 + trained) * head * len(self.model.config.exit_points) * tokens
+        each = (3 + self.model.lm_head.weight.requires_grad) * self._head
+        return each * len(self.model.config.exit_points) * tokens
 
     def looking_flops(self) -> float:
         """Of a token in a teacher's forward pass, whose logits the student compares with anew."""

@@ -1,7 +1,7 @@
 """
 Generation: prefill the prompts in one pass, then decode from the cache, token by token or, a single row's likeliest ones on
-a CPU, many in one call, the prompt included where it is short. The rows of a batch are
-independent: each has its own length, width, exit depth, seed and end.
+a CPU, many in one call, the prompt included where it is short. The rows of a batch are independent: each has its own length,
+width, exit depth, seed and end.
 
     engine = Engine(model, tokenizer)
     for token in engine.generate(prompt_ids, max_tokens=100, mode="normal", temperature=0.8, top_k=50, seed=1): ...

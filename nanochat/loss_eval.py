@@ -207,13 +207,13 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
     at_scale = scale if at_scale is None else at_scale
     shadow = None if gate_at is None else Shadow(gate_at)
     leaving = None if exit_at is None else Shadow(exit_at, grad=True)
+    watching = [one for one in (shadow, leaving) if one is not None]
 
     def watch(i, x, exits, levels):
-        for one in (shadow, leaving):
-            if one is not None:
-                one(i, x, exits, levels)
+        for one in watching:
+            one(i, x, exits, levels)
         return exits, levels
-    loss, teacher = model(x, y, control=watch)
+    loss, teacher = model(x, y, control=watch if watching else None)
     out, whole = {"loss": loss.detach()}, loss * scale
     if leaving is not None:
         at_exits = exit_loss(model, leaving, teacher, y)

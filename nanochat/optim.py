@@ -57,40 +57,35 @@ def orthogonalize_shards(shards: list[torch.Tensor], rows: int, mesh) -> list[to
     the results. One exchange brings each rank the whole of its share of the matrices, one takes the rows back; no matrix
     is computed twice. Where nodes hold copies of the shards, each computes its part and all learn the results.
     """
-    if mesh.ndim == 1:
+    def among_ranks(shards):
         return _among_ranks(shards, rows, mesh.get_group("shard"))
-    n, me = mesh.size(0), mesh.get_local_rank("replicate")
-    most, cols = -(-len(shards) // n), shards[0].size(1)
-    done = _among_ranks(shards[me::n], rows, mesh.get_group("shard"))
-    mine = shards[0].new_zeros(most, *shards[0].shape)
-    for out, part in zip(mine, done):
-        out.copy_(part)
-    each = mine.new_empty(n, most, len(shards[0]), cols)
-    dist.all_gather_single(each.flatten(), mine.flatten(), group=mesh.get_group("replicate"))
-    return [each[i % n, i // n] for i in range(len(shards))]
+    return among_ranks(shards) if mesh.ndim == 1 else _each_its_part(shards, among_ranks, mesh.get_group("replicate"))
 
 
-def orthogonalize_whole(G: torch.Tensor) -> torch.Tensor:
+def orthogonalize_whole(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
     """
-    orthogonalize() of G (n, rows, cols) that every rank holds whole and alike: each computes its share, all learn all. All
-    ranks must call it, with matrices of one shape at a time, in one order.
+    orthogonalize() of matrices of one shape that every rank holds whole and alike: each computes its part, all learn all.
+    All ranks must call it for the same shapes, in one order.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return orthogonalize(G)
-    world, rank = dist.get_world_size(), dist.get_rank()
-    each = -(-len(G) // world)
-    mine = G.new_zeros(each, *G.shape[1:], dtype=get_compute_dtype(G.device.type))  # as in _among_ranks
-    share = G[rank * each:(rank + 1) * each]
-    if len(share):
-        mine[:len(share)] = orthogonalize(share)
-    out = mine.new_empty(world * each, *G.shape[1:])
-    dist.all_gather_single(out, mine)
-    return out[:len(G)].to(G.dtype)
+    def compute(some):
+        return list(orthogonalize(torch.stack(some)))
+    return _each_its_part(matrices, compute, dist.group.WORLD) if dist.is_initialized() else compute(matrices)
+
+
+def _each_its_part(matrices: list[torch.Tensor], compute, group) -> list[torch.Tensor]:
+    """compute(matrices), of what all ranks of the group hold alike: each computes every so manyeth, and all learn all."""
+    n, some = group.size(), matrices[group.rank()::group.size()]
+    # in orthogonalize's dtype: it has rounded already
+    mine = torch.zeros(-(-len(matrices) // n), *matrices[0].shape, dtype=get_compute_dtype(matrices[0].device.type),
+                       device=matrices[0].device)
+    for out, done in zip(mine, compute(some) if some else ()):
+        out.copy_(done)
+    each = mine.new_empty(n, *mine.shape)
+    dist.all_gather_single(each.flatten(0, 1), mine, group=group)
+    return [each[i % n, i // n].to(m.dtype) for i, m in enumerate(matrices)]
 
 
 def _among_ranks(shards, rows, group):
-    if not shards:
-        return []
     world, me = group.size(), group.rank()
     n, (held, cols) = len(shards), shards[0].shape
     share = [n // world + (r < n % world) for r in range(world)]  # matrices that each rank computes
@@ -155,7 +150,7 @@ class Muon(torch.optim.Optimizer):
                 if sharded:
                     updates = orthogonalize_shards(updates, shape[0], params[0].device_mesh)
                 else:
-                    updates = orthogonalize_whole(torch.stack(updates)).to(weights[0].dtype).unbind(0)
+                    updates = [u.to(weights[0].dtype) for u in orthogonalize_whole(updates)]
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 if group["weight_decay"]:
                     updates = torch._foreach_add(updates, weights, alpha=group["weight_decay"] / scale)

@@ -183,7 +183,7 @@ def orthogonalized(world: int, nodes: int, path) -> None:
         done = optim.orthogonalize_shards([s.to_local() for s in shards], shape[0], mesh)
         full = [DTensor.from_local(d, mesh, placements, shape=s.shape, stride=s.stride()).full_tensor()
                 for d, s in zip(done, shards)]
-        alike = optim.orthogonalize_whole(whole)
+        alike = torch.stack(optim.orthogonalize_whole(list(whole)))
         assert torch.equal(distributed.all_sum(alike.double()), alike.double() * world)  # on every rank
         results[shape] = torch.stack(full), distributed.all_sum(torch.tensor(moved)).tolist(), alike
     if distributed.get_rank()[0] == 0:

@@ -37,9 +37,9 @@ template <class T> void add(T* x, const T* y, int64_t n, int64_t D, int64_t d) {
 }
 
 // The blocks from `first` up to `last` for n tokens, `tokens` in a row: x (n, D), from `table` in front of block 0, is
-// updated in place, or, if write_only, the blocks only write their memory of it. With a gate (and one token) the run ends at
-// the first exit point at which there is something to decide: the gate is surer than `leave`, or, past half of all `count`
-// blocks, less sure than `expand`. reached (2): how many blocks are done then, and whether there is; sure: the gate's answer
+// updated in place, or, if write_only, the blocks only write their memory of it. With a gate, which is asked of the last
+// token, the run ends at the first exit point at which there is something to decide: the gate is surer than `leave`, or, past
+// half of all `count` blocks, less sure than `expand`. reached (2): how many blocks are done then, and whether there is; sure: the gate's answer
 // where it was last asked.
 template <class P, class T = typename P::Stored>
 void blocks(const Block<T>* all, const Sizes* sizes, T* x, const int64_t* ids, const T* table, const float* cos,
@@ -69,7 +69,7 @@ void blocks(const Block<T>* all, const Sizes* sizes, T* x, const int64_t* ids, c
         mlp<P>(x, b.fc, b.proj, y, n, b.d, 4 * b.d, s.D, s.top, 4 * s.top, d_ref, eps);
         add(x, y, n, s.D, b.d);
         if (gate && i + 1 < count && gate->points[i + 1] >= 0) {
-            *sure = confidence<P>(*gate, gate->points[i + 1], x, s.D, d_ref, eps);
+            *sure = confidence<P>(*gate, gate->points[i + 1], x + (n - 1) * s.D, s.D, d_ref, eps);
             if (*sure > leave || (2 * (i + 1) > count && *sure < expand)) {
                 reached[0] = i + 1, reached[1] = 1;
                 return;
@@ -125,12 +125,8 @@ void greedy(const Block<T>* all, const Sizes* sizes, const Answer<T>* answer, co
                 for (to = from; to < stop && a.behind[to] == late; to++) a.behind[to] = 0;
                 if (late) run(from, to, t - late, late, nullptr, true);
             }
-            run(i, stop, t - beside, 1 + beside, beside ? nullptr : gate, false);
+            run(i, stop, t - beside, 1 + beside, gate, false);
             i = stop, decided = reached[1];
-            if (beside && gate && i < count && gate->points[i] >= 0) {
-                *sure = confidence<P>(*gate, gate->points[i], a.states, D, d_ref, eps);
-                decided = *sure > leave || (2 * i > count && *sure < expand);
-            }
         }
         if (beside && i < count) run(i, count, -beside, beside, nullptr, false);
         if (decided && *sure <= leave) {
