@@ -9,7 +9,7 @@ from array import array
 
 import torch
 
-from nanochat.cpu_decode import DTYPES, operator, plain
+from nanochat.cpu_decode import DTYPES, MAX_ROWS, operator, plain
 from nanochat.mamba_block import NORM_EPS
 
 # csrc/decode.cpp's struct Block: its words, and those that change from call to call
@@ -109,19 +109,26 @@ class BlockRun:
         """
         return self._run(first, last, idx, x, levels, cache, False, _place(self.gate), *bar)
 
-    def greedy(self, text: list[int], limit: int, stop, levels: list, depth: int, cache, late=None, bar=None):
+    def greedy(self, text: list[int], limit: int, stop, levels: list, depth: int, cache, late=None, waiting=None, bar=None):
         """
-        One row's likeliest next tokens, up to `limit` or a token in `stop`: runs `text`, all its tokens but the last whole,
-        then each token as it comes but for the last, for the positions that the cache expects. depth: how many blocks update
-        each from the text's last on; bar: as for `ahead`, and the gate may end it before. late, with a text of one token:
-        the tokens before it (1, n) and their states (1, n, D), if they owe blocks their memory, at the same levels; what is
-        owed is written when a token comes by, and no sooner. Returns the tokens; how many blocks have updated each that was
-        run, from the text's last on; and, where something is to be decided on the way of the next, before which block, its
-        states there (1, 1, D), and how sure the gate was, or None. The cache has taken all but that one.
+        One row's likeliest next tokens, up to `limit` or a token in `stop`: runs `text`, whose tokens before the last are
+        the prompt, then each token as it comes but for the last, for the positions that the cache expects. depth: how many
+        blocks update each from the text's last on; bar: as for `ahead`, and the gate may end it before. With a text of one
+        token: late, the tokens before it (1, n) and their states (1, n, D), if they owe blocks their memory, at the same
+        levels; waiting, the cache.Prompt that waits. A prompt goes through a block, and what is owed is written, when a
+        token comes by, and no sooner. Returns the tokens; how many blocks have updated each that was run, from the text's
+        last on; and, where something is to be decided on the way of the next, or a long prompt must go on, before which
+        block, its states there (1, 1, D), and how sure the gate was, or None. The cache has taken all but that one.
         """
         c, prompt, owed = self.config, len(text) - 1, 0 if late is None else late[0].size(1)
-        assert limit > 0 and not (prompt and owed), "a prompt comes before all that could owe something"
+        assert limit > 0 and not (prompt and (owed or waiting)), "a prompt comes before all that could owe something"
+        start, ran, held = cache.chunk.start + prompt, 0 if prompt else len(self.blocks), 0
+        if waiting is not None:
+            ran = waiting.ran
+            if waiting.idx.size(1) + owed <= MAX_ROWS:  # a longer one goes on where products of many rows are faster
+                prompt = held = waiting.idx.size(1)
         front = prompt + owed
+        assert not held or start == front, "what waits for a block is all that came before"
         self._check_ids(min(text), max(text))
         states = torch.empty(1, front + limit, c.n_embd, dtype=self.dtype, device="cpu")
         logits = torch.empty(c.vocab_size, dtype=torch.float32, device="cpu")
@@ -129,24 +136,28 @@ class BlockRun:
         assert not records, "a cache under a checkpoint decodes token by token"
         tokens, depths = array("q", bytes(8 * (front + limit + 1))), array("q", bytes(8 * limit))
         behind, stops = array("q", cache.behind), array("q", stop)
+        if held:
+            tokens[:held], states[:, :held] = array("q", waiting.idx[0].tolist()), waiting.x
         if owed:
-            tokens[:owed], states[:, :owed] = array("q", late[0][0].tolist()), late[1]
-        tokens[owed:front + 1] = array("q", text)
-        answer = array("q", [cache.chunk.start + prompt, limit, prompt, _place(stops), len(stops),
+            tokens[held:front], states[:, held:front] = array("q", late[0][0].tolist()), late[1]
+        tokens[front + 1 - len(text):front + 1] = array("q", text)
+        answer = array("q", [start, limit, prompt, owed, _place(stops), len(stops),
                              _place(tokens) + front * tokens.itemsize, _place(depths), states[:, front:].data_ptr(),
                              _place(behind), self.head, logits.data_ptr(), c.vocab_size])
-        reached, sure = array("q", [0, 0]), array("f", [0])
+        reached, sure = array("q", [0, 0, ran]), array("f", [0])
         cos, sin = cache.chunk.tables
         operator("greedy", self.dtype)(
             _place(self.words), _place(self.sizes), _place(answer), self.table, cos.data_ptr(), sin.data_ptr(),
             None if bar is None else _place(self.gate), _place(reached), _place(sure), len(self.blocks), depth,
             *(bar or (0.0, 0.0)), c.softcap, c.d_ref, c.norm_eps, NORM_EPS)
-        done, at = reached
+        done, at, ran = reached
         end = front + done
-        start, late = end - max(behind), None
-        if start < end:
-            late = torch.tensor([tokens[start:end]], dtype=torch.long, device="cpu"), states[:, start:end]
-        cache.took(prompt + done, late, levels, behind.tolist())
+        first, late, waits = end - max(behind), None, None
+        if first < end:
+            late = torch.tensor([tokens[first:end]], dtype=torch.long, device="cpu"), states[:, first:end]
+        if prompt and ran < len(self.blocks):
+            waits = torch.tensor([tokens[:prompt]], dtype=torch.long, device="cpu"), states[:, :prompt]
+        cache.took(len(text) - 1 + done, late, levels, behind.tolist(), ran, waits)
         undecided = (at, states[:, end:end + 1], sure[0]) if at else None
         return tokens[front + 1:end + 1].tolist(), depths[:done].tolist(), undecided
 

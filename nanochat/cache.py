@@ -8,6 +8,7 @@ positions that have that head (DESIGN 7); while a block's width never changes th
 import copy
 import itertools
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -70,6 +71,19 @@ class Chunk:
             row, t, s = self.slots
             position = torch.full_like(position, -1).index_copy_(0, row * self.T + t, s)
         return torch.arange(self.rows, device=self.device).repeat_interleave(self.T), position
+
+
+class Prompt(NamedTuple):
+    """
+    The first tokens idx (B, T) of the rows, which have gone through the first `ran` blocks at these levels and wait for a
+    token that goes further; their states x (B, T, D) there (None in front of the first block), and how many of each row are
+    valid (all, if None).
+    """
+    idx: torch.Tensor
+    x: torch.Tensor | None
+    levels: list
+    ran: int
+    lengths: list[int] | None
 
 
 class KVView:
@@ -201,7 +215,9 @@ class MatryoshkaKVCache:
     r holds. Keys and values are in the dtype of the model's activations, SSM states in fp32.
 
     What an exited token owes the blocks behind its exit (keys, values, Mamba state) may be deferred: block i is then
-    behind[i] tokens late, and catches up, in one call, when a later token reaches it (DESIGN 6).
+    behind[i] tokens late, and catches up, in one call, when a later token reaches it (DESIGN 6). Likewise a prompt: one that
+    the cache is given to hold goes through a block, all of it at once, when a later token reaches the block, and no deeper
+    than its answer ever does.
 
     The model's weights must stay where they are in memory for as long as the cache is used.
     """
@@ -214,6 +230,7 @@ class MatryoshkaKVCache:
         self.blocks, self.views, self._saved_pos = model.transformer.h, [], None
         self.chunk, self.behind = None, [0] * c.n_block
         self._late = []  # (tokens, states, levels) of the last steps, oldest first
+        self._prompt = None
         self._run = None
         self._rope = _tables(length, c.head_dim, c.rope_base, device)
         for block in model.transformer.h:
@@ -265,20 +282,49 @@ class MatryoshkaKVCache:
             return None
         if len(text) > 1:
             self.settle()
-        owed = max(self.behind)
-        if owed > MAX_ROWS or any(type(a) is not int or a != b for entry in self._late if entry[2] is not levels
-                                  for a, b in zip(entry[2], levels)):
+        prompt = self._prompt
+        if prompt is not None and (not prompt.ran or prompt.levels != levels):
+            return None
+        if any(type(a) is not int or a != b for entry in self._late if entry[2] is not levels
+               for a, b in zip(entry[2], levels)):
+            if prompt is not None:
+                return None
             self.settle()
-            owed = 0
-        return run.greedy(text, limit, stop, levels, depth, self, self._latest(owed) if owed else None, bar)
+        if max(self.behind) > MAX_ROWS:
+            self.catch_up(0, len(self.behind) if prompt is None else prompt.ran)
+        owed = max(self.behind)
+        return run.greedy(text, limit, stop, levels, depth, self, self._latest(owed) if owed else None, prompt, bar)
 
-    def took(self, n: int, late: tuple[torch.Tensor, torch.Tensor] | None, levels: list, behind: list[int]) -> None:
+    def took(self, n: int, late: tuple[torch.Tensor, torch.Tensor] | None, levels: list, behind: list[int], ran: int,
+             prompt: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """
         The first n of the announced tokens were run; behind[i] of the last ones owe block i, and late are the most that owe
-        any (1, m), with their states (1, m, D), or None.
+        any (1, m), with their states (1, m, D), or None. ran: how many blocks the prompt has gone through; prompt: its
+        tokens and states, if that has changed and there are blocks left.
         """
         self.pos, self.behind = [self.pos[0] + n], behind
         self._late = [] if late is None else [(*late, levels)]
+        if ran == len(behind):
+            self._prompt = None
+        elif prompt is not None:
+            self._prompt = Prompt(*prompt, levels, ran, None)
+
+    # --- a prompt that waits
+
+    def hold(self, idx: torch.Tensor, lengths: list[int] | None, levels: list) -> None:
+        """Takes the rows' first tokens idx (B, T), lengths[r] of them valid (all, if None); no block runs on them yet."""
+        assert not any(self.pos), "only what comes first can wait"
+        self.begin(idx.size(1), lengths)
+        self._prompt = Prompt(idx, None, levels, 0, lengths)
+        self.advance()
+
+    def _run_prompt(self, last: int) -> None:
+        """The prompt goes through all blocks before `last`."""
+        p = self._prompt
+        now, self.chunk = self.chunk, Chunk([0] * len(p.idx), p.idx.size(1), p.lengths, self._rope)
+        x = self.model.through(p.ran, last, p.idx, p.x, p.levels, None, self)
+        self._prompt = p._replace(x=x, ran=last) if last < len(self.blocks) else None
+        self.chunk = now
 
     # --- what exited tokens owe
 
@@ -291,7 +337,9 @@ class MatryoshkaKVCache:
             self.behind[i] += idx.size(1)
 
     def catch_up(self, first: int, last: int) -> None:
-        """Blocks first, ..., last - 1 write the memory of the tokens that owe it to them."""
+        """Blocks first, ..., last - 1 write the memory of the tokens that owe it to them, and of a prompt that waits."""
+        if self._prompt is not None and self._prompt.ran < last:
+            self._run_prompt(last)
         if not any(self.behind):
             return
         for late, some in itertools.groupby(range(first, last), self.behind.__getitem__):
@@ -301,7 +349,8 @@ class MatryoshkaKVCache:
 
     def settled(self, first: int) -> int:
         """The first block from `first` on that owes something, or how many there are."""
-        return next((i for i in range(first, len(self.behind)) if self.behind[i]), len(self.behind))
+        last = len(self.behind) if self._prompt is None else max(first, self._prompt.ran)
+        return next((i for i in range(first, last) if self.behind[i]), last)
 
     @property
     def records(self) -> bool:
@@ -338,6 +387,7 @@ class MatryoshkaKVCache:
         late = max(self.behind)
         first = self.behind.index(late)
         assert late and set(self.behind[first:]) == {late} and not any(self.behind[:first]), "exits at several blocks"
+        assert self._prompt is None, "a prompt waits"
         idx, x = self._latest(late)
         self.chunk = Chunk([p - late for p in self.pos], late, None, self._rope)
         self._forget()
@@ -389,11 +439,17 @@ class MatryoshkaKVCache:
 
     def keep(self, rows: list[int]) -> None:
         """Keeps these rows, in this order; the others are gone. A checkpoint is dropped."""
+        def of_rows(levels):
+            return [d if isinstance(d, int) or len(d) == 1 else d[rows] for d in levels]
         self._let_go()
         for view in self.views:
             view.keep(rows)
-        self._late = [(idx[rows], x[rows], [d if isinstance(d, int) or len(d) == 1 else d[rows] for d in levels])
-                      for idx, x, levels in self._late]
+        self._late = [(idx[rows], x[rows], of_rows(levels)) for idx, x, levels in self._late]
+        if (p := self._prompt) is not None:
+            lengths = [p.lengths[r] for r in rows] if p.lengths else [p.idx.size(1)] * len(rows)
+            T = max(lengths)
+            self._prompt = Prompt(p.idx[rows, :T], None if p.x is None else p.x[rows, :T], of_rows(p.levels), p.ran,
+                                  lengths if min(lengths) < T else None) if T else None
         self.pos, self._saved_pos = [self.pos[r] for r in rows], None
 
     def append(self, other: "MatryoshkaKVCache") -> None:

@@ -21,7 +21,7 @@ from nanochat.cache import MatryoshkaKVCache
 from nanochat.common import get_compute_dtype
 from nanochat.confidence_probe import Controls, check_trained, pad
 from nanochat.hybrid_gpt import stays_fp32
-from nanochat.matryoshka import token_flops
+from nanochat.matryoshka import prompt_flops, token_flops
 from nanochat.native import library
 from nanochat.sampling import check_settings, draw_tokens
 from nanochat.speculative import MAX_DRAFT, Draft, Record, Round, Speculation, candidates, round_flops
@@ -60,24 +60,23 @@ class Trace:
 
     def flops(self, model) -> dict[str, float]:
         """
-        FLOPs of 'prompt' (all of it but its last token, and the predictor), of 'generated' (the passes that the generated
-        tokens came from: the prompt's last token, then all generated ones but the last), memory writes of exited tokens and
-        control networks included, and of the same passes at 'full_prompt' and 'full_generated' compute. Drafts, and what was
-        checked in vain, count as generated.
+        FLOPs of 'prompt' (all of it but its last token, through as many blocks as any token behind it, since it goes no
+        deeper; and the predictor), of 'generated' (the passes that the generated tokens came from: the prompt's last token,
+        then all generated ones but the last), memory writes of exited tokens and control networks included, and of the same
+        passes at 'full_prompt' and 'full_generated' compute. Drafts, and what was checked in vain, count as generated.
         """
         n, m, config = self.prompt_tokens - 1, len(self.steps), model.config
-        context = torch.arange(1, n + m + 1)
-        depth = torch.tensor([config.n_block] * n + [d for d, _ in self.steps])
-        widths = torch.tensor([self.widths] * n + [w for _, w in self.steps])
+        depth, widths = map(torch.tensor, zip(*self.steps))
+        context = torch.arange(n + 1, n + m + 1)
+        generated = token_flops(model, depth, widths, context, model.gate.flops if self.auto else 0)
         full = token_flops(model, torch.full_like(depth, config.n_block), torch.full_like(widths, config.top_width), context)
-        prompt = token_flops(model, depth[:n], widths[:n], context[:n])
-        generated = token_flops(model, depth[n:], widths[n:], context[n:], model.gate.flops if self.auto else 0)
         spent = float(generated.sum())
         if self.rounds:
             spent = float(generated[0]) + round_flops(model, self.rounds, self.prompt_tokens)
-        return {"prompt": float(prompt.sum()) + (model.predictor.flops(self.prompt_tokens) if self.auto else 0),
-                "generated": spent,
-                "full_prompt": float(full[:n].sum()), "full_generated": float(full[n:].sum())}
+        return {"prompt": prompt_flops(model, n, self.widths[:int(depth.max())])
+                + (model.predictor.flops(self.prompt_tokens) if self.auto else 0), "generated": spent,
+                "full_prompt": prompt_flops(model, n, [config.top_width] * config.n_block),
+                "full_generated": float(full.sum())}
 
 
 class Engine:
@@ -88,7 +87,7 @@ class Engine:
     """
     def __init__(self, model, tokenizer, calibration: dict | None = None):
         self.model, self.tokenizer, self.calibration, self.traces = model, tokenizer, calibration, []
-        self.speculation, self.record = None, Record(model)
+        self.speculation, self.record, self._pace = None, Record(model), 1
 
     def generate(self, prompt: list[int], max_tokens: int, **options) -> Iterator[int]:
         """The tokens that follow one prompt, one by one; options as in `stream`."""
@@ -133,7 +132,8 @@ class Engine:
             if not prompt:
                 raise ValueError("the prompt is empty: give at least one token, such as <|bos|>")
             if len(prompt) >= limit:
-                raise ValueError(f"the prompt has {len(prompt)} tokens, but the model's context is {limit}: shorten it")
+                raise ValueError(f"the prompt has {len(prompt)} tokens, but the model's context of {limit} must hold the "
+                                 f"answer, too: shorten it to {limit - 1} at most")
         for d in depths:
             if d is not None and not 1 <= d <= n_block:
                 raise ValueError(f"depth {d} is out of range: this model has {n_block} blocks")
@@ -171,7 +171,7 @@ class Engine:
         live = list(range(n))
         cache = MatryoshkaKVCache(model, n, length)
 
-        planned, levels, leave, pace = (None, None), None, None, 1
+        planned, levels, leave = (None, None), None, None
         ahead = []  # steps of a single row's tokens that are not given out yet
 
         def look():
@@ -202,16 +202,15 @@ class Engine:
 
         def several():
             """
-            A single row's next tokens in one call, where decoding is greedy, and as many as take 20 ms; the first one in the
-            same call as a short prompt. Or None.
+            A single row's next tokens in one call, where decoding is greedy, and as many as took 20 ms the last time; behind
+            a short prompt in the same call. Or None.
             """
-            nonlocal pace
             if len(live) > 1 or temperature or (control is not None and control.bar is None):
                 return None
             look()
             r, began = live[0], time.perf_counter()
             new = text[r][-1:] if cache.pos[0] else text[r]  # the prompt in the same call
-            out = cache.greedy(new, min(left[r], length - cache.pos[0] - len(new) + 1, pace), stop, levels, leave,
+            out = cache.greedy(new, min(left[r], length - cache.pos[0] - len(new) + 1, self._pace), stop, levels, leave,
                                control and control.bar(levels))
             if out is None:
                 return None
@@ -221,7 +220,7 @@ class Engine:
                 idx = torch.tensor([[(text[r] + tokens)[-1]]], device=device)
                 tokens += draw_tokens(model.logits(step(idx, undecided)), settings, generators[r:r + 1])
                 ahead.append(self.traces[r].steps.pop())
-            pace = 1 + int(0.02 * (len(new) - 1 + len(tokens)) / (time.perf_counter() - began))
+            self._pace = 1 + int(0.02 * (len(new) - 1 + len(tokens)) / (time.perf_counter() - began))
             return [tokens]
 
         def following(own):
@@ -234,8 +233,8 @@ class Engine:
                 trace.steps.append((n_block, trace.widths))
             chosen = [[t] for t in draw_tokens(model.logits(h), settings, generators)]
         else:
-            if max(map(len, text)) > 1:
-                self._prefill([t[:-1] for t in text], widths, cache)
+            if max(map(len, text)) > 1:  # prompts go no deeper than their answers
+                cache.hold(*self._padded([t[:-1] for t in text]), model.resolve_widths(widths))
             chosen = following(generators)
         while live:
             stay, kept = [], [[] for _ in live]
@@ -284,9 +283,13 @@ class Engine:
 
     def _prefill(self, texts: list[list[int]], widths, cache) -> torch.Tensor:
         """Runs the texts, of different lengths, into the cache; the hidden states (B, T, D)."""
+        idx, lengths = self._padded(texts)
+        return self.model.hidden(idx, widths, cache=cache, lengths=lengths)
+
+    def _padded(self, texts: list[list[int]]) -> tuple[torch.Tensor, list[int] | None]:
+        """The texts (B, T), and their lengths where these differ."""
         lengths = [len(t) for t in texts]
-        idx, _ = pad(texts, self.model.device)
-        return self.model.hidden(idx, widths, cache=cache, lengths=lengths if min(lengths) < idx.size(1) else None)
+        return pad(texts, self.model.device)[0], lengths if min(lengths) < max(lengths) else None
 
     def _drafts(self, modes: list, depths: list, budget, control, draft) -> list[Draft]:
         """The drafts to choose from. ValueError for what does not go with lossless decoding."""

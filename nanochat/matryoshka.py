@@ -470,6 +470,13 @@ def token_flops(model, depth: torch.Tensor, widths: torch.Tensor, context: torch
     return spent.sum(1) + head + per_point * points
 
 
+def prompt_flops(model, tokens: int, widths) -> float:
+    """Of a text's first `tokens` tokens in the first len(widths) blocks, at a width each; no logits are made of them."""
+    base, more, _ = _token_table(model)
+    at = torch.arange(len(widths)), torch.searchsorted(torch.tensor(model.config.levels), torch.tensor(widths)), 0
+    return float(base[at].sum()) * tokens + float(more[at].sum()) * tokens * (tokens + 1) / 2
+
+
 def energy(choice: torch.Tensor, table: torch.Tensor, fixed: float = 0.0) -> torch.Tensor:
     """
     The expected cost of `choice` (B, n_block, n_levels), probabilities or one-hot, as a share of full width: (B,) in

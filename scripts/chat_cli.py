@@ -20,10 +20,10 @@ from nanochat.speculative import candidates
 DEPTH_COLOURS = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)  # of a 256-colour terminal: green, shallow, to red
 
 
-def print_trace(trace, model) -> None:
-    """The widths, the depths, and the compute saved, of one answer."""
+def print_trace(trace, model, count: int) -> None:
+    """The widths, the depths of the `count` tokens that are seen, and the compute saved, of one answer."""
     n_block, flops = model.config.n_block, trace.flops(model)
-    depths = [depth for depth, _ in trace.steps]
+    depths = [depth for depth, _ in trace.steps[:count]]
     print(f"[widths by block: {' '.join(map(str, trace.widths))}]", file=sys.stderr)
     print("[depth of the tokens: " + ", ".join(f"{d} of {n_block} blocks {depths.count(d)}x" for d in sorted(set(depths)))
           + "]", file=sys.stderr)
@@ -114,13 +114,17 @@ def main(argv=None):
                     depth = engine.traces[0].steps[count - 1][0]
                     print(f"\033[38;5;{DEPTH_COLOURS[(len(DEPTH_COLOURS) - 1) * depth // model.config.n_block]}m", end="")
                 yield token
-        for piece in engine.stream_text(counted()):
-            text += piece
-            print(piece, end="", flush=True)
+        try:
+            for piece in engine.stream_text(counted()):
+                text += piece
+                print(piece, end="", flush=True)
+        except ValueError:
+            print(end="" if args.chat else "\n", flush=True)  # the error gets a line of its own
+            raise
         seconds = time.perf_counter() - start
         print("\033[0m" * args.trace + f"\n[{count} tokens, {count / seconds:.1f} tok/s, mode {args.mode}]", file=sys.stderr)
         if args.trace:
-            print_trace(engine.traces[0], model)
+            print_trace(engine.traces[0], model, count)
         return text
 
     if args.prompt is not None:

@@ -35,6 +35,7 @@ from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
 from nanochat.engine import Engine, prepare_inference
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.training import flag
 
 PRICE_ROWS = 16  # that prices are fitted to where --budget leaves no setting to tune
 
@@ -196,6 +197,11 @@ def main(argv=None):
                    help="held-out sequences to calibrate on; a part serves to fit prices and to tune (default: 256)")
     p.add_argument("--new-tokens", type=int, default=32, help="generated tokens of each (default: 32)")
     args = p.parse_args(argv)
+    apart = ("eval_tokens",) if args.calibrate else ("delta", "epsilon", "budget", "sequences", "new_tokens")
+    idle = [flag(name) for name in apart if getattr(args, name) != p.get_default(name)]
+    if idle:
+        raise ValueError(f"no effect with --calibrate: drop {idle[0]}" if args.calibrate else
+                         f"no effect without --calibrate: add it, or drop {', '.join(idle)}")
 
     device = autodetect_device_type()
     model, tokenizer, info, file = ckpt.load(args.checkpoint, device)

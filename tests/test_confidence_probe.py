@@ -45,7 +45,7 @@ from nanochat.loss_eval import (
     predictor_loss,
     value_loss,
 )
-from nanochat.matryoshka import cost_table, energy, norm, soft_masks, token_flops
+from nanochat.matryoshka import block_cost, cost_table, energy, norm, soft_masks, token_flops
 
 PROMPTS = [[5], [17, 250, 3], [9, 8, 7, 6, 5, 4, 3]]
 
@@ -132,6 +132,68 @@ def test_deferred_memory_survives_what_happens_to_a_cache(hybrid, tokens):
     torch.testing.assert_close(step(twin, [0], slice(11, 12)), want[:1], atol=1e-4, rtol=0)
 
 
+def reached(cache):
+    """How many blocks hold anything in their memory."""
+    memory = [(v.k, v.v) if hasattr(v, "k") else (v.state.conv_state, v.state.ssm_state) for v in cache.views]
+    return sum(any(bool(t.any()) for t in both) for both in memory)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[7], [55], [5, 1, 3]], ids=["short", "long", "rows"])
+def test_a_prompt_goes_as_deep_as_what_follows_it_and_no_deeper(hybrid, lengths):
+    """Tokens of several depths, one after another, see what they see of a prompt that went through all blocks at once."""
+    prepare_inference(hybrid, "cpu", torch.float32)
+    g, c, rows = torch.Generator().manual_seed(0), hybrid.config, len(lengths)
+    idx = torch.randint(300, (rows, max(lengths)), generator=g)
+    levels = [c.levels[i % len(c.levels)] for i in range(c.n_block)]
+    at_once, held = (MatryoshkaKVCache(hybrid, rows, 64) for _ in range(2))
+    hybrid.hidden(idx, levels, cache=at_once, lengths=lengths)
+    held.hold(idx, lengths if rows > 1 else None, levels)
+    assert held.pos == lengths and reached(held) == 0 and reached(at_once) == c.n_block
+    deepest = 0
+    for depth in (2, 1, 4, 2, 3, c.n_block):
+        deepest, tokens = max(deepest, depth), torch.randint(300, (rows, 1), generator=g)
+        want, got = (hybrid.hidden(tokens, levels, depth, cache) for cache in (at_once, held))
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+        assert reached(held) == deepest
+
+
+@torch.no_grad()
+def test_a_prompt_that_waits_survives_what_happens_to_a_cache(hybrid, tokens):
+    """Rows kept, cloned and joined, and a checkpoint."""
+    lengths = [4, 7, 2]
+    texts, exits = tokens[[0, 1, 0], :12], [2, 2, hybrid.config.n_block]
+    prompts = [row[:n].tolist() for row, n in zip(texts, lengths)]
+
+    def finish(cache, rows):
+        """Three tokens more: what the last says, by the cache and by the parallel form."""
+        at = [cache.pos[r] for r in range(len(rows))]
+        for j, depth in enumerate(exits):
+            last = hybrid(torch.stack([texts[r, n + j:n + j + 1] for r, n in zip(rows, at)]), exits=depth, cache=cache)
+        for r, n, got in zip(rows, at, last):
+            depths = torch.full((1, n + 3), hybrid.config.n_block)
+            depths[0, lengths[r]:n] = 2
+            depths[0, n:] = torch.tensor(exits)
+            torch.testing.assert_close(got[-1], hybrid(texts[r:r + 1, :n + 3], exits=depths)[0, -1], atol=1e-4, rtol=0)
+    a = MatryoshkaKVCache(hybrid, 3, 64)
+    a.hold(*pad(prompts, "cpu")[:1], lengths, hybrid.resolve_widths(None))
+    hybrid(torch.stack([row[n:n + 1] for row, n in zip(texts, lengths)]), exits=2, cache=a)
+    a.keep([1, 0, 2])
+    b, alone, checked = a.clone(), a.clone(), a.clone()
+    alone.keep([2])
+    assert [reached(cache) for cache in (a, b, alone)] == [2, 2, 2]
+    finish(alone, [2])
+    b.keep([0])
+    c = a.clone()
+    c.keep([1])
+    b.append(c)
+    assert reached(b) == hybrid.config.n_block
+    finish(b, [1, 0])
+    checked.checkpoint()
+    finish(checked, [1, 0, 2])
+    finish(a, [1, 0, 2])
+
+
 @torch.no_grad()
 def test_a_hard_mask_is_the_slice(hybrid, tokens):
     c = hybrid.config
@@ -162,6 +224,16 @@ def test_the_cost_of_many_tokens_is_that_of_each(hybrid):
     want = [sum(p.flops for p in hybrid.cost(w.tolist(), int(n), int(d)).values())
             for d, w, n in zip(depth, widths, context)]
     assert token_flops(hybrid, depth, widths, context).tolist() == pytest.approx(want)
+
+    def blocks(widths, n):  # so many, of the n-th token
+        return sum(part.flops for block, d in zip(hybrid.transformer.h, widths) for part in block_cost(block, d, n))
+    ghost, full = [c.levels[0]] * 2, [c.top_width] * c.n_block
+    engine = Engine(hybrid, None)
+    engine.answers([[1, 2, 3, 4], [5]], 3, mode="ghost", depth=2)  # a prompt goes as deep as its answer
+    for trace, n in zip(engine.traces, (3, 0)):
+        flops = trace.flops(hybrid)
+        assert flops["prompt"] == pytest.approx(sum(blocks(ghost, t + 1) for t in range(n)))
+        assert flops["full_prompt"] == pytest.approx(sum(blocks(full, t + 1) for t in range(n)))
 
 
 def test_gumbel_choice_samples_the_distribution():

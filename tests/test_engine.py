@@ -47,7 +47,7 @@ def test_generation_ends_at_the_models_context(hybrid):
     assert len(list(Engine(hybrid, None).generate([1] * 60, 100))) == 64 - 60 + 1  # the last token needs no place
 
 
-@pytest.mark.parametrize("prompt, words", [([], "prompt is empty"), ([1] * 64, "64 tokens, but the model's context is 64")])
+@pytest.mark.parametrize("prompt, words", [([], "prompt is empty"), ([1] * 64, "64 tokens, but the model's context of 64")])
 def test_bad_prompts_are_named(hybrid, prompt, words):
     with pytest.raises(ValueError, match=words):
         next(Engine(hybrid, None).generate(prompt, 5))

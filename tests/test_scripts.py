@@ -97,7 +97,7 @@ def test_the_whole_pipeline(home, cwd, capsys):
     capsys.readouterr()
     chat_cli.main(["--checkpoint", str(unfrozen), "-p", "Line 7", "--mode", "ghost", "--max-tokens", "9"])
     out = capsys.readouterr()
-    assert out.out.startswith("Line 7") and "mode ghost" in out.err
+    assert "\nLine 7" in f"\n{out.out}" and "mode ghost" in out.err  # behind a line on compiling, perhaps
     chat_cli.main(["--checkpoint", str(unfrozen), "--chat", "-p", "Hello", "--max-tokens", "5"])
     assert extract.main(["--checkpoint", str(unfrozen), "--mode", "normal", "--dst", str(cwd / "small")]) <= 1e-4
     again = fractal_eval.main(["--checkpoint", str(cwd / "small"), "--data", str(home / "docs"), "--eval-tokens", "512"])
@@ -121,6 +121,9 @@ def test_controls_are_trained_calibrated_and_used(home, cwd, capsys):
     fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "197"], "ask for at least 198")
     fails(capsys, fractal_eval.main, [*calibrate, "--sequences", "164", "--budget", "1"], "ask for at least 165")
     fails(capsys, fractal_eval.main, [*calibrate, "--delta", "2"], "delta 2.0 is out of range")
+    fails(capsys, fractal_eval.main, [*calibrate, "--eval-tokens", "64"], "no effect with --calibrate: drop --eval-tokens")
+    fails(capsys, fractal_eval.main, ["--checkpoint", str(auto), *docs, "--delta", "0.1", "--budget", "0.7"],
+          "no effect without --calibrate: add it, or drop --delta, --budget")
     with pytest.MonkeyPatch.context() as mp:  # all this is said before anything is decoded
         mp.setattr(fractal_eval, "continuations", lambda *_: pytest.fail("decodes first"))
         fails(capsys, fractal_eval.main, [*calibrate, "--new-tokens", "0"], "--new-tokens is 0; it must be at least 1")
@@ -157,6 +160,8 @@ def test_controls_are_trained_calibrated_and_used(home, cwd, capsys):
     chat_cli.main(["--checkpoint", str(auto), "-p", "Line 7", "--mode", "auto", "--max-tokens", "9", "--trace"])
     out = capsys.readouterr()
     assert "\x1b[38;5;" in out.out and "widths by block" in out.err and "FLOPs saved" in out.err
+    seen = int(re.search(r"\[(\d+) tokens,", out.err)[1])
+    assert sum(map(int, re.findall(r"blocks (\d+)x", out.err))) == seen
     fails(capsys, chat_cli.main, ["--checkpoint", str(auto), "-p", "x", "--mode", "auto", "--budget", "1.5"], "out of range")
     fails(capsys, chat_cli.main, ["--checkpoint", str(auto), "-p", "x", "--budget", "0.5"], "--mode auto only")
 
@@ -402,7 +407,8 @@ def test_bad_input_is_one_line_and_writes_nothing(home, cwd, capsys, monkeypatch
     fails(capsys, extract.main, ["--checkpoint", base, "--mode", "normal", "--dst", str(cwd / "new")], "only a hybrid")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "loud", "-p", "x"], "unknown mode 'loud'", "ghost")
     fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "--mode", "48", "-p", "x"], "48 is not a level", "32, 64")
-    fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "-p", "x" * 500], "the model's context is 64")
+    fails(capsys, chat_cli.main, ["--checkpoint", hybrid, "-p", "x" * 500], "the model's context of 64 must hold the answer",
+          "shorten it to 63 at most")
     fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--expanded-dim", "96", *docs], "96 is not the checkpoint's",
           "--new-dim=96")
     fails(capsys, fractal_train.main, ["--checkpoint", hybrid, "--stage", "2", *docs], "--stage 2 does not fit")

@@ -84,11 +84,12 @@ void blocks(const Block<T>* all, const Sizes* sizes, T* x, const int64_t* ids, c
 // One row's tokens, from the next to run on. Every member is one 64-bit word, as block_run.py writes them.
 template <class T> struct Answer {
     int64_t start, limit;       // the position of the first token to run; how many to run at most
-    int64_t prompt;             // how many tokens before it are to be run whole
+    int64_t prompt;             // how many tokens are the prompt, which comes before those that owe and this one
+    int64_t owed;               // how many tokens before it may owe blocks their memory
     const int64_t* stops;       // (n_stop) tokens behind which it ends
     int64_t n_stop;
     int64_t* tokens;            // (limit + 1) the first to run and, behind it, those that are generated; before it, with
-                                // their states, the prompt, or else the last tokens that owe blocks their memory
+                                // their states, the tokens that owe, and before these the prompt
     int64_t* depth;             // (limit) how many blocks updated each
     T* states;                  // (limit, D) each behind those blocks
     int64_t* behind;            // of each block: how many of the last tokens owe it their memory
@@ -98,28 +99,38 @@ template <class T> struct Answer {
 };
 
 // Runs tokens, each through `depth` of all `count` blocks or, with a gate, until it is surer than `leave`, and generates the
-// likeliest next ones. The prompt runs beside the first of them, and then on through all blocks. What an exited token owes
-// the blocks behind its exit is written when a later one comes by. Where the gate is less sure than `expand` past half of
-// the blocks the caller decides. reached (2): how many tokens are done, and the block before which the next one waits for a
-// decision, or 0.
+// likeliest next ones. A fresh prompt runs beside the first of them, and one that waits behind some blocks goes on when a
+// token comes by, and no further; then, what exited tokens owe these blocks is written. Where the gate is less sure than
+// `expand` past half of the blocks the caller decides, and where a prompt waits that is not here the caller lets it go on.
+// reached (3): how many tokens are done, the block before which the next one waits for the caller, or 0, and, in and out, how
+// many blocks the prompt has gone through.
 template <class P, class T = typename P::Stored>
 void greedy(const Block<T>* all, const Sizes* sizes, const Answer<T>* answer, const T* table, const float* cos,
             const float* sin, const Gate* gate, int64_t* reached, float* sure, int64_t count, int64_t depth, float leave,
             float expand, float cap, float d_ref, float eps, float mixer_eps) {
     const Answer<T>& a = *answer;
-    const int64_t D = sizes->D, angles = sizes->hd / 2;
+    const int64_t D = sizes->D, angles = sizes->hd / 2, front = a.prompt + a.owed;
+    int64_t ran = reached[2];
     auto run = [&](int64_t first, int64_t last, int64_t from, int64_t n, const Gate* gate, bool write_only) {
         blocks<P>(all, sizes, a.states + from * D, a.tokens + from, table, cos + (a.start + from) * angles,
                   sin + (a.start + from) * angles, nullptr, nullptr, gate, reached, sure, n, n, a.start + from, first, last,
                   count, n, write_only, leave, expand, d_ref, eps, mixer_eps);
     };
     for (int64_t t = 0; t < a.limit; t++) {
-        const int64_t beside = t ? 0 : a.prompt;
         int64_t i = 0;
         bool decided = false;
         while (i < depth && !decided) {
             int64_t stop = gate ? i + 1 : depth;    // the token surely goes as far as the next exit point
             while (stop < depth && gate->points[stop] < 0) stop++;
+            const int64_t beside = !t && !a.owed && ran == i ? a.prompt : 0;
+            if (ran < stop && !beside) {
+                if (!a.prompt) {
+                    reached[0] = t, reached[1] = i;
+                    return;
+                }
+                run(ran, stop, -front, a.prompt, nullptr, false);
+            }
+            ran = std::max(ran, stop);
             for (int64_t from = i, to; from < stop; from = to) {
                 const int64_t late = a.behind[from];
                 for (to = from; to < stop && a.behind[to] == late; to++) a.behind[to] = 0;
@@ -128,7 +139,7 @@ void greedy(const Block<T>* all, const Sizes* sizes, const Answer<T>* answer, co
             run(i, stop, t - beside, 1 + beside, gate, false);
             i = stop, decided = reached[1];
         }
-        if (beside && i < count) run(i, count, -beside, beside, nullptr, false);
+        reached[2] = ran;
         if (decided && *sure <= leave) {
             reached[0] = t, reached[1] = i;
             return;
