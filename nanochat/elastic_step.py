@@ -34,7 +34,7 @@ RECIPES = {
 }
 TAUGHT = {"both", "every", "half"}  # their full and narrow passes see the same rows, so that the gate can learn along
 DEFAULT_RECIPE = "lean"  # where widths are sampled: the best at equal compute, all in all (dev/LOG.md)
-TEXT_SHARE = 0.5  # of what a narrow pass learns with recipe 'lean'; the rest is the teacher's distribution
+TEXT_SHARE = 0.5  # of what a narrow pass learns where it has a teacher; the rest is the teacher's distribution
 
 
 def random_splits(rows: int, T: int, generator: torch.Generator) -> torch.Tensor:
@@ -48,9 +48,9 @@ class ElasticStep:
     (the full pass alone), one of RECIPES, or 'controls value' or 'controls gumbel' (predictor and gate alone; how the
     predictor learns). sample: sampled widths and exits instead of each level in turn. levels: the widths that students learn
     (None: all). steps: of the run. draft_exit: also a student of full width that leaves after so many blocks. exits: the
-    full pass of a recipe also learns to answer at the exit points (loss_eval.exit_loss). Losses by width: 'kl_' where a
-    teacher's graph is there, else 'narrow_', which with recipe 'lean' is half text, half teacher, and 'loss_', the full
-    pass's; 'loss' is then the mean over all rows.
+    full pass of a recipe also learns to answer at the exit points (loss_eval.exit_loss). A narrow pass that has a teacher
+    learns half from it and half from the text. Losses by width: 'narrow_' and, where only some rows are in the full pass,
+    'loss_'; 'loss' is then the mean over all rows.
     """
     def __init__(self, model, seed: int, steps: int, recipe: str | None, sample: bool = True, levels=None,
                  student_every: int = 4, energy_weight: float = 1.0, draft_exit: int | None = None, exits: bool = True):
@@ -117,7 +117,7 @@ class ElasticStep:
         weights = {"gate": share.probed, "exits": share.probed}
         out = {k: v * weights.get(k, share.tokens) for k, v in losses.items()}
         for width, (loss, weight) in by_width.items():
-            out |= {f"kl_{width}": loss, f"kl_{width}:": weight}
+            out |= {f"narrow_{width}": loss, f"narrow_{width}:": weight}
         return out | {"flops": full + self.student_flops(students, x) + self.exit_flops(len(at))}
 
     def _students(self, step, rows, T, splits, g, rank, world) -> list[Student]:
@@ -125,10 +125,11 @@ class ElasticStep:
             return []
         if self.recipe == "half":
             rows, splits = max(1, rows // 2), splits[:max(1, rows // 2) * world]
-        if not self.sample:
-            return [Student(d, stop=rows) for d in self.levels if d < self.model.config.top_width]
-        students = sample_students(self.model.config, rows, T, splits, g, None, rank, world, self.levels)
-        return [s._replace(stop=rows) if s.stop is None else s for s in students]
+        if self.sample:
+            students = sample_students(self.model.config, rows, T, splits, g, None, rank, world, self.levels)
+        else:
+            students = [Student(d) for d in self.levels if d < self.model.config.top_width]
+        return [s._replace(stop=rows if s.stop is None else s.stop, text=TEXT_SHARE) for s in students]
 
     def student_flops(self, students: list[Student], x: torch.Tensor) -> float:
         """

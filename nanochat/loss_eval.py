@@ -156,7 +156,8 @@ class Student(NamedTuple):
     """
     A narrow pass: widths and exits (see GPT.hidden) of the batch's rows [start, stop); None: all that there are. counts:
     whether anything is learned from it. Where a model is sharded, a pass that some ranks make must be made by all. label:
-    under which its loss is logged, the same on all ranks (None: the widths).
+    under which its loss is logged, the same on all ranks (None: the widths). text: the share of the text in what it learns;
+    the rest is what the teacher says.
     """
     widths: object = None
     exits: torch.Tensor | None = None
@@ -164,6 +165,7 @@ class Student(NamedTuple):
     stop: int | None = None
     counts: bool = True
     label: int | str | None = None
+    text: float = 0.0
 
 
 def sample_students(config, rows: int, T: int, starts: torch.Tensor, generator: torch.Generator,
@@ -197,12 +199,13 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
                         at_scale: float | None = None, by_width: dict | None = None) -> dict[str, torch.Tensor]:
     """
     One training step's losses (DESIGN 8), backward included, each multiplied by `scale`: cross-entropy of the full
-    pass (the teacher), then the KL of each student's narrow pass to the teacher's detached
-    distribution, averaged over the supervised tokens of all students. The teacher's graph is freed before a student's is
-    built. gate_at: flat indices into (B, T) of supervised tokens; the gate learns from the teacher pass at these. exit_at:
-    likewise; at these the full pass also learns to answer at every exit point (exit_loss, times EXIT_WEIGHT). at_scale:
-    what these two losses are multiplied by instead (None: scale). by_width: is filled with label -> [the students' loss
-    times what it was multiplied by, that factor], both summed. Returns the losses, detached: 'loss', 'exits', 'kl', 'gate'.
+    pass (the teacher), then the KL of each student's narrow pass to the teacher's detached distribution, or a mixture of
+    that and the text (Student.text), averaged over the supervised tokens of all students. The teacher's graph is freed
+    before a student's is built. gate_at: flat indices into (B, T) of supervised tokens; the gate learns from the teacher
+    pass at these. exit_at: likewise; at these the full pass also learns to answer at every exit point (exit_loss, times
+    EXIT_WEIGHT). at_scale: what these two losses are multiplied by instead (None: scale). by_width: is filled with label ->
+    [the students' loss times what it was multiplied by, that factor], both summed. Returns the losses, detached: 'loss',
+    'exits', 'narrow', 'gate'.
     """
     at_scale = scale if at_scale is None else at_scale
     shadow = None if gate_at is None else Shadow(gate_at)
@@ -224,13 +227,13 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
     for s, count in zip(students, counts):
         rows = slice(s.start, s.stop)
         targets = y[rows] if s.counts else torch.full_like(y[rows], -1)
-        kl, _ = model(x[rows], targets, widths=s.widths, exits=s.exits, teacher=teacher[rows])
+        loss, _ = model(x[rows], targets, widths=s.widths, exits=s.exits, teacher=teacher[rows], text=s.text)
         share = count / max(1, sum(counts))
-        (kl * (scale * share)).backward()
-        out["kl"] = out.get("kl", 0) + kl.detach() * share
+        (loss * (scale * share)).backward()
+        out["narrow"] = out.get("narrow", 0) + loss.detach() * share
         if by_width is not None:
             level = by_width.setdefault(s.widths if s.label is None else s.label, [0.0, 0.0])
-            level[0] += kl.detach() * (scale * share)
+            level[0] += loss.detach() * (scale * share)
             level[1] += scale * share
     if shadow is not None:
         here = gate_at.to(x.device)

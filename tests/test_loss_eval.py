@@ -83,17 +83,20 @@ def test_bits_per_byte_counts_bytes_not_tokens(base, tokens):
 
 def test_step_is_teacher_plus_mean_of_students(hybrid, tokens):
     x, y = tokens[:, :-1], tokens[:, 1:]
-    widths = [16, 32]
-    out = matryoshka_backward(hybrid, x, y, [Student(d) for d in widths], 0.5)
+    texts = {16: 0.0, 32: 0.25}
+    out = matryoshka_backward(hybrid, x, y, [Student(d, text=text) for d, text in texts.items()], 0.5)
     got = {n: p.grad.clone() for n, p in language_parameters(hybrid).items()}
     hybrid.zero_grad()
     teacher = F.cross_entropy(hybrid(x).flatten(0, 1), y.flatten())
     q = torch.log_softmax(hybrid(x).detach(), -1)
-    kls = [F.kl_div(torch.log_softmax(hybrid(x, widths=d), -1), q, log_target=True, reduction="none").sum(-1).mean()
-           for d in widths]
-    (0.5 * (teacher + sum(kls) / 2)).backward()
+    parts = []
+    for d, text in texts.items():
+        p = torch.log_softmax(hybrid(x, widths=d), -1)
+        parts.append(text * F.nll_loss(p.flatten(0, 1), y.flatten())
+                     + (1 - text) * F.kl_div(p, q, log_target=True, reduction="none").sum(-1).mean())
+    (0.5 * (teacher + sum(parts) / 2)).backward()
     assert float(out["loss"]) == pytest.approx(teacher.item(), rel=1e-5)
-    assert float(out["kl"]) == pytest.approx(sum(kls).item() / 2, rel=1e-4)
+    assert float(out["narrow"]) == pytest.approx(sum(parts).item() / 2, rel=1e-4)
     for n, p in language_parameters(hybrid).items():
         torch.testing.assert_close(got[n], p.grad, atol=2e-6, rtol=2e-3)
 
@@ -123,5 +126,5 @@ def test_a_batch_without_supervised_tokens_changes_nothing(hybrid, tokens):
     y, none = torch.full_like(tokens, -1), torch.empty(0, dtype=torch.int64)
     students = [Student("ghost"), Student("normal", start=1, stop=2)]
     losses = matryoshka_backward(hybrid, tokens, y, students, 1.0, none, none)
-    assert {k: float(v) for k, v in losses.items()} == {"loss": 0, "exits": 0, "kl": 0, "gate": 0}
+    assert {k: float(v) for k, v in losses.items()} == {"loss": 0, "exits": 0, "narrow": 0, "gate": 0}
     assert all(p.grad is None or not p.grad.any() for p in hybrid.parameters())

@@ -305,7 +305,7 @@ def test_drafts_are_trained_used_and_measured(home, cwd, capsys):
     fails(capsys, fractal_train.main, [*train, "--controls", "--draft-exit", "2"], "drop --matryoshka")
     fractal_train.main([*train, "--unfreeze", "--draft-exit", "2"])
     folder = cwd / "fractal_checkpoints/d2_64_unfrozen"
-    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-2])["kl"] > 0
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-2])["narrow"] > 0
     capsys.readouterr()
     chat = ["--checkpoint", str(folder), "-p", "Line 7", "--temperature", "0", "--max-tokens", "9"]
     chat_cli.main(chat)
