@@ -151,6 +151,7 @@ class BlockRun:
             None if bar is None else _place(self.gate), _place(reached), _place(sure), len(self.blocks), depth,
             *(bar or (0.0, 0.0)), c.softcap, c.d_ref, c.norm_eps, NORM_EPS)
         done, at, ran = reached
+        assert done or at, "a prompt that is not here must have begun"
         end = front + done
         first, late, waits = end - max(behind), None, None
         if first < end:

@@ -273,7 +273,8 @@ class MatryoshkaKVCache:
     def greedy(self, text: list[int], limit: int, stop, levels: list, depth: int, bar=None):
         """
         BlockRun.greedy of the row that the cache holds, or None where that cannot be done: a row of its own on a CPU, no
-        checkpoint, one level for all of a block's tokens, a short text.
+        checkpoint, one level for all of a block's tokens, a short text; and where a prompt waits, it has begun, and it and
+        what is owed are of these levels.
         """
         if len(self.pos) != 1 or self.records or self.device.type != "cpu" or not serves_rows(len(text)):
             return None
@@ -290,8 +291,9 @@ class MatryoshkaKVCache:
             if prompt is not None:
                 return None
             self.settle()
-        if max(self.behind) > MAX_ROWS:
-            self.catch_up(0, len(self.behind) if prompt is None else prompt.ran)
+        last = len(self.behind) if prompt is None else prompt.ran
+        if max(self.behind[:last]) > MAX_ROWS:
+            self.catch_up(0, last)
         owed = max(self.behind)
         return run.greedy(text, limit, stop, levels, depth, self, self._latest(owed) if owed else None, prompt, bar)
 
@@ -313,13 +315,14 @@ class MatryoshkaKVCache:
 
     def hold(self, idx: torch.Tensor, lengths: list[int] | None, levels: list) -> None:
         """Takes the rows' first tokens idx (B, T), lengths[r] of them valid (all, if None); no block runs on them yet."""
-        assert not any(self.pos), "only what comes first can wait"
+        assert not any(self.pos) and not self.records, "only what comes first can wait, and nothing under a checkpoint"
+        assert lengths is None or (max(lengths) == idx.size(1) and len(lengths) > 1), "padding is for rows that differ"
         self.begin(idx.size(1), lengths)
         self._prompt = Prompt(idx, None, levels, 0, lengths)
         self.advance()
 
     def _run_prompt(self, last: int) -> None:
-        """The prompt goes through all blocks before `last`."""
+        """The prompt, which has gone through some blocks before `last`, goes through the others."""
         p = self._prompt
         now, self.chunk = self.chunk, Chunk([0] * len(p.idx), p.idx.size(1), p.lengths, self._rope)
         x = self.model.through(p.ran, last, p.idx, p.x, p.levels, None, self)
@@ -348,7 +351,7 @@ class MatryoshkaKVCache:
                 self._catch_up(some[0], some[-1] + 1, late)
 
     def settled(self, first: int) -> int:
-        """The first block from `first` on that owes something, or how many there are."""
+        """The first block from `first` on that owes something or has not seen the prompt, or how many there are."""
         last = len(self.behind) if self._prompt is None else max(first, self._prompt.ran)
         return next((i for i in range(first, last) if self.behind[i]), last)
 
@@ -438,9 +441,10 @@ class MatryoshkaKVCache:
     # --- rows
 
     def keep(self, rows: list[int]) -> None:
-        """Keeps these rows, in this order; the others are gone. A checkpoint is dropped."""
+        """Keeps these rows, at least one, in this order; the others are gone. A checkpoint is dropped."""
         def of_rows(levels):
-            return [d if isinstance(d, int) or len(d) == 1 else d[rows] for d in levels]
+            kept = [d if isinstance(d, int) or len(d) == 1 else d[rows] for d in levels]
+            return [d if isinstance(d, int) or d.numel() > 1 else int(d) for d in kept]
         self._let_go()
         for view in self.views:
             view.keep(rows)

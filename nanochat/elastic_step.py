@@ -49,8 +49,8 @@ class ElasticStep:
     predictor learns). sample: sampled widths and exits instead of each level in turn. levels: the widths that students learn
     (None: all). steps: of the run. draft_exit: also a student of full width that leaves after so many blocks. exits: the
     full pass of a recipe also learns to answer at the exit points (loss_eval.exit_loss). A narrow pass that has a teacher
-    learns half from it and half from the text. Losses by width: 'narrow_' and, where only some rows are in the full pass,
-    'loss_'; 'loss' is then the mean over all rows.
+    learns half from it and half from the text, a draft all from it. Losses by width: 'narrow_' and, where only some rows
+    are in the full pass, 'loss_'; 'loss' is then the mean over all rows.
     """
     def __init__(self, model, seed: int, steps: int, recipe: str | None, sample: bool = True, levels=None,
                  student_every: int = 4, energy_weight: float = 1.0, draft_exit: int | None = None, exits: bool = True):

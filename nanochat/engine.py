@@ -1,7 +1,7 @@
 """
-Generation: prefill the prompts in one pass, then decode from the cache, token by token or, a single row's likeliest ones on
-a CPU, many in one call, the prompt included where it is short. The rows of a batch are independent: each has its own length,
-width, exit depth, seed and end.
+Generation: the prompts in one pass, but only as deep as what follows them, then tokens from the cache, one by one or, a
+single row's likeliest ones on a CPU, many in one call, the prompt included where it is short. The rows of a batch are
+independent: each has its own length, width, exit depth, seed and end.
 
     engine = Engine(model, tokenizer)
     for token in engine.generate(prompt_ids, max_tokens=100, mode="normal", temperature=0.8, top_k=50, seed=1): ...
@@ -63,7 +63,8 @@ class Trace:
         FLOPs of 'prompt' (all of it but its last token, through as many blocks as any token behind it, since it goes no
         deeper; and the predictor), of 'generated' (the passes that the generated tokens came from: the prompt's last token,
         then all generated ones but the last), memory writes of exited tokens and control networks included, and of the same
-        passes at 'full_prompt' and 'full_generated' compute. Drafts, and what was checked in vain, count as generated.
+        passes at 'full_prompt' and 'full_generated' compute. Drafts, and what was checked in vain, count as generated. All
+        as if the row were alone: in a batch, prompts go as deep as the deepest row. What a slide runs anew is not counted.
         """
         n, m, config = self.prompt_tokens - 1, len(self.steps), model.config
         depth, widths = map(torch.tensor, zip(*self.steps))
@@ -113,7 +114,7 @@ class Engine:
 
         mode: a mode name or width (None: full) for all rows, or a list with one per row; 'auto' for all: the predictor
         picks each row's widths, the gate each token's exit and when a row expands.
-        depth: after how many blocks generated tokens exit (None: none does; prompts run all blocks), likewise. The pass
+        depth: after how many blocks generated tokens exit (None: none does), likewise; prompts go no deeper. The pass
         over the prompt's last token is the first that generates: it exits like the others.
         seed: row r draws with seed + r, so a row does not depend on the others.
         overflow: where a row fills the model's context, 'stop' ends it, 'slide' goes on from the last half of it.
@@ -202,8 +203,8 @@ class Engine:
 
         def several():
             """
-            A single row's next tokens in one call, where decoding is greedy, and as many as took 20 ms the last time; behind
-            a short prompt in the same call. Or None.
+            A single row's next tokens in one call, about as many as fit in 20 ms, judging by the last call; a short prompt
+            runs in the same call. None where that cannot be done: decoding must be greedy.
             """
             if len(live) > 1 or temperature or (control is not None and control.bar is None):
                 return None
@@ -220,7 +221,8 @@ class Engine:
                 idx = torch.tensor([[(text[r] + tokens)[-1]]], device=device)
                 tokens += draw_tokens(model.logits(step(idx, undecided)), settings, generators[r:r + 1])
                 ahead.append(self.traces[r].steps.pop())
-            self._pace = 1 + int(0.02 * (len(new) - 1 + len(tokens)) / (time.perf_counter() - began))
+            if len(new) == 1:  # a prompt's tokens are much faster
+                self._pace = 1 + int(0.02 * len(tokens) / (time.perf_counter() - began))
             return [tokens]
 
         def following(own):
@@ -264,15 +266,18 @@ class Engine:
                 cache.keep(stay)
                 live = [live[i] for i in stay]
             full = [i for i, p in enumerate(cache.pos) if p == length]
-            for i in full:  # slide: the row starts again from the last half of its context, the newest token apart
-                fresh = MatryoshkaKVCache(model, 1, length)
-                r = live[i]
-                now = (widths if control is None else control.widths)[r:r + 1]
-                self._prefill([text[r][-max(2, limit // 2):-1]], now, fresh)
-                cache.append(fresh)
-            if full:
-                rows = [i for i in range(len(live)) if i not in full]
-                cache.keep(rows + list(range(len(live), len(live) + len(full))))
+            if full:  # slide: a row starts again from the last half of its context, the newest token apart
+                rows, anew = [i for i in range(len(live)) if i not in full], []
+                for r in (live[i] for i in full):
+                    anew.append(MatryoshkaKVCache(model, 1, length))
+                    now = (widths if control is None else control.widths)[r:r + 1]
+                    self._prefill([text[r][-max(2, limit // 2):-1]], now, anew[-1])
+                if rows:
+                    cache.keep(rows)
+                else:
+                    cache, *anew = anew
+                for other in anew:
+                    cache.append(other)
                 live = [live[i] for i in rows + full]
             own = [generators[r] for r in live]
             if lossless:

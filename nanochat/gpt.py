@@ -280,7 +280,7 @@ class GPT(nn.Module):
         return self.through(first, last, idx, x, levels, rope, cache, active)
 
     def through(self, first: int, last: int, idx, x, levels: list, rope, cache=None, active=None) -> torch.Tensor:
-        """`run`, whatever the cache's blocks may still owe."""
+        """`run` where these blocks of the cache owe nothing that must come before, as the caller has seen to."""
         if cache is not None:
             if not isinstance(active, torch.Tensor) and (run := cache.compiled_run(idx, levels[first:last])):
                 return run(first, last, idx, x, levels, cache, write_only=active is False)

@@ -73,7 +73,7 @@ def orthogonalize_whole(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _each_its_part(matrices: list[torch.Tensor], compute, group) -> list[torch.Tensor]:
-    """compute(matrices), of what all ranks of the group hold alike: each computes every so manyeth, and all learn all."""
+    """compute(matrices), of what all ranks of the group hold alike: each computes every n-th, and all get all."""
     n, some = group.size(), matrices[group.rank()::group.size()]
     # in orthogonalize's dtype: it has rounded already
     mine = torch.zeros(-(-len(matrices) // n), *matrices[0].shape, dtype=get_compute_dtype(matrices[0].device.type),

@@ -28,19 +28,19 @@ def print_trace(trace, model, count: int) -> None:
     print("[depth of the tokens: " + ", ".join(f"{d} of {n_block} blocks {depths.count(d)}x" for d in sorted(set(depths)))
           + "]", file=sys.stderr)
     if trace.rounds:
-        print_rounds(trace, flops)
+        print_rounds(trace, flops, count)
         return
     spent, full = (flops[f"{k}prompt"] + flops[f"{k}generated"] for k in ("", "full_"))
     print(f"[FLOPs saved: {1 - flops['generated'] / flops['full_generated']:.1%} on the generated tokens, "
           f"{1 - spent / full:.1%} with the prompt]", file=sys.stderr)
 
 
-def print_rounds(trace, flops) -> None:
+def print_rounds(trace, flops, count: int) -> None:
     """What the drafts of one lossless answer brought."""
     checked = [r for r in trace.rounds if r.draft]
     drafted, kept = (sum(r[i] for r in checked) for i in (1, 2))
     used = Counter(r.draft for r in checked)
-    print(f"[{len(trace.steps)} tokens in {len(trace.rounds) + 1} passes: {drafted} tokens were drafted and {kept} kept"
+    print(f"[{count} tokens in {len(trace.rounds) + 1} passes: {drafted} tokens were drafted and {kept} kept"
           + "".join(f"; {n}x after {d.depth} blocks at width {d.width}" for d, n in used.most_common(3)) + "]",
           file=sys.stderr)
     for note in trace.notes:
@@ -119,7 +119,8 @@ def main(argv=None):
                 text += piece
                 print(piece, end="", flush=True)
         except ValueError:
-            print(end="" if args.chat else "\n", flush=True)  # the error gets a line of its own
+            if not args.chat:
+                print(flush=True)  # behind the prompt: the error gets a line of its own
             raise
         seconds = time.perf_counter() - start
         print("\033[0m" * args.trace + f"\n[{count} tokens, {count / seconds:.1f} tok/s, mode {args.mode}]", file=sys.stderr)

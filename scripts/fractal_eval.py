@@ -197,8 +197,8 @@ def main(argv=None):
                    help="held-out sequences to calibrate on; a part serves to fit prices and to tune (default: 256)")
     p.add_argument("--new-tokens", type=int, default=32, help="generated tokens of each (default: 32)")
     args = p.parse_args(argv)
-    apart = ("eval_tokens",) if args.calibrate else ("delta", "epsilon", "budget", "sequences", "new_tokens")
-    idle = [flag(name) for name in apart if getattr(args, name) != p.get_default(name)]
+    foreign = ("eval_tokens",) if args.calibrate else ("delta", "epsilon", "budget", "sequences", "new_tokens")
+    idle = [flag(name) for name in foreign if getattr(args, name) != p.get_default(name)]
     if idle:
         raise ValueError(f"no effect with --calibrate: drop {idle[0]}" if args.calibrate else
                          f"no effect without --calibrate: add it, or drop {', '.join(idle)}")

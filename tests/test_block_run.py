@@ -9,6 +9,7 @@ from test_confidence_probe import answer, controls
 from test_cpu_decode import MODELS, needs_compiler
 
 from nanochat import block_run
+from nanochat import cache as cache_module
 from nanochat.block_run import BlockRun
 from nanochat.cache import MatryoshkaKVCache
 from nanochat.checkpoint_manager import build_model
@@ -133,6 +134,41 @@ def test_greedy_decoding_in_one_call_is_token_by_token(kind, dtype):
         caches[1].greedy([300], 1, (), levels, depth, None)
     caches[1].checkpoint() if kind == "hybrid" else caches[1].append(caches[0])
     assert caches[1].greedy([1], 1, (), levels, depth, None) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("most", [48, 8, 3])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_prompt_waits_from_call_to_call(hybrid, most, fresh, monkeypatch):
+    """
+    Behind a prompt in the first call or held before it, one that goes on within a call or is too long for that, tokens of
+    several depths, some owing more than `most`: memory to the last bit as behind a prompt that went through all blocks.
+    """
+    prepare_inference(hybrid, "cpu", torch.float32)
+    for module in (block_run, cache_module):
+        monkeypatch.setattr(module, "MAX_ROWS", most)
+    c, prompt = hybrid.config, torch.randint(300, (1, 7), generator=torch.Generator().manual_seed(3))
+    levels, n = [c.levels[i % len(c.levels)] for i in range(c.n_block)], c.n_block
+    whole, waiting = (MatryoshkaKVCache(hybrid, 1, 40) for _ in range(2))
+    hybrid.hidden(prompt[:, :6], levels, cache=whole)
+    if not fresh:
+        waiting.hold(prompt[:, :6], None, levels)
+        assert waiting.greedy([1], 1, (), levels, 2, None) is None  # it must have begun
+    want, got, deepest = [int(prompt[0, 6])], [int(prompt[0, 6])], 0
+    for depth, limit in ((2, 1), (2, 6), (3, 1), (2, 3), (4, 2), (1, 1), (n, 2)):
+        want += whole.greedy(want[-1:], limit, (), levels, depth, None)[0]
+        while len(got) < len(want):
+            first = prompt[0].tolist() if fresh and len(got) == 1 else got[-1:]
+            out = waiting.greedy(first, len(want) - len(got), (), levels, depth, None)
+            tokens, _, undecided = out or ([], [], False)
+            got += tokens
+            if undecided is not None:  # the prompt is elsewhere
+                state = hybrid.hidden(torch.tensor([got[-1:]]), levels, depth, waiting, resume=undecided or None)
+                got.append(int(hybrid.logits(state).argmax()))
+        deepest = max(deepest, depth)
+        assert got == want and waiting.pos == whole.pos
+        assert not any(t.any() for t in memory(waiting)[2 * deepest:])
+    assert all(map(torch.equal, *map(memory, (whole, waiting)))) and waiting.behind == whole.behind == [0] * n
 
 
 @torch.no_grad()

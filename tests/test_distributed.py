@@ -160,6 +160,22 @@ def test_what_the_narrow_half_learns(recipe, monkeypatch):
     assert float(losses["narrow_8"]) == pytest.approx(float(want) / 2, rel=1e-4)
 
 
+def test_a_narrow_pass_of_all_rows_learns_from_text_and_teacher():
+    """Recipe both, each level in turn; and a draft, which learns from the teacher alone."""
+    model = ranks.start_model("unfrozen")[0]
+    stages.set_trained(model, "unfrozen", gate=True)
+    x = torch.randint(64, (4, ranks.T), generator=torch.Generator().manual_seed(1))
+    y, leave = x.roll(-1, 1), model.config.exit_points[0]
+    losses = ElasticStep(model, 5, 9, "both", sample=False, levels=(8, 32), draft_exit=leave)(0, x, y, Share(1.0, 1.0, 1.0))
+    with torch.no_grad():
+        teacher, narrow, draft = (model(x, **how).log_softmax(-1)
+                                  for how in ({}, {"widths": 8}, {"exits": torch.full_like(x, leave)}))
+    kl, drafted = ((teacher.exp() * (teacher - student)).sum(-1).mean() for student in (narrow, draft))
+    text = -narrow.gather(-1, y[..., None]).mean()
+    want = {"narrow_8": (text + kl) / 4, "narrow_draft": drafted / 2}  # each is half of what students learn
+    assert {k: float(losses[k]) for k in want} == {k: pytest.approx(float(v), rel=1e-4) for k, v in want.items()}
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_what_is_old_stays_bit_identical(two_ranks, world):
     """Muon and AdamW, with weight decay, sharded or not; and what is new moves."""

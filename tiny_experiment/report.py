@@ -132,8 +132,8 @@ def markdown(report: dict) -> str:
         lines.append(f"| {what.replace('_', ' ')} | " + " | ".join(f"{report[what][d]:.2f}" for d in DIFFICULTIES) + " |")
     wall = [mean(r["wall"][part][k] for r in runs) for k in ("full", "auto") for part in ("first_ms", "rest_ms")]
     lines += ["", f"FLOPs saved on generated tokens {100 * report['flops_saved']:.1f} %, on prompt and answer together "
-              f"{100 * report['flops_saved_prompt_and_answer']:.1f} %. At batch 1 an answer takes {wall[0]:.2f} ms up to its"
-              f" first token and {wall[1]:.2f} ms behind it, adaptive {wall[2]:.2f} and {wall[3]:.2f} ms.", "",
+              f"{100 * report['flops_saved_prompt_and_answer']:.1f} %. At batch 1 an answer of one token takes "
+              f"{wall[0]:.2f} ms and the other tokens {wall[1]:.2f} more, adaptive {wall[2]:.2f} and {wall[3]:.2f} ms.", "",
               "## The gate", "",
               "| seed | loss | Brier | base rate's | ECE | budget | threshold | observed risk | p |",
               "|---|---|---|---|---|---|---|---|---|"]

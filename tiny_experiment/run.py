@@ -1,9 +1,9 @@
 """
 Trains a small hybrid on the tasks, then its controls, calibrates them, and measures what adaptive compute costs and saves.
 
-The training step is the package's, recipe every of fractal_train: a full pass (teacher, cross-entropy) that learns to answer
+The losses are the package's, as in recipe every of fractal_train: a full pass (teacher, cross-entropy) that learns to answer
 at its exit points too, in every second step a narrow pass at sampled widths and exits that learns the teacher's
-distribution, then, on the finished model, gate and predictor. Only answers are supervised.
+distribution (and nothing else), then, on the finished model, gate and predictor. Only answers are supervised.
 """
 import itertools
 import math
@@ -63,7 +63,7 @@ class Settings:
     delta: float = 0.005  # the share of answers that adaptive compute may lose
     test: int = 2250
     swept: int = 900  # of the test instances, for the curves
-    timed: int = 90
+    timed: int = 300
     processes: int = 2
 
     @classmethod
@@ -111,6 +111,12 @@ def finish_step(model, optimizers) -> None:
     model.zero_grad(set_to_none=True)
 
 
+def mean_losses(pieces: list[tuple[float, dict]]) -> dict[str, float]:
+    """Of this process's pieces of a step, if it has any, each with its share of the batch."""
+    seen, names = sum(share for share, _ in pieces), pieces[0][1] if pieces else ()
+    return {name: sum(share * float(losses[name]) for share, losses in pieces) / seen for name in names}
+
+
 def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
     """Everything but the controls; the losses of each step."""
     optimizers, model.compute_dtype = setup_optimizers(model, embedding_lr=0.1), get_compute_dtype("cpu")
@@ -118,7 +124,7 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
     for step in range(s.steps):
         set_rates(optimizers, step, s.steps, *SCHEDULE)
         instances = draw_many(seed * 1_000_003 + step, s.rows, "train")
-        total, seen, losses = sum(len(i.answer) + 1 for i in instances), 0, {}
+        total, losses = sum(len(i.answer) + 1 for i in instances), []
         for k, piece in pieces_of(instances, s, step):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * s.pieces + k)
             x, y, starts = encoder.batch(piece)
@@ -127,16 +133,12 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
                 # a quarter of all rows on average, whole passes at a time
                 expanding = len(x) if k == step // s.student_every % 4 else 0
                 students = sample_students(model.config, len(x), x.size(1), starts - 1, generator, expanding)
-            count = int((y >= 0).sum())
-            losses_here = matryoshka_backward(model, x, y, students, count / total,
-                                              exit_at=(y.flatten() >= 0).nonzero()[:, 0])
-            for name, v in losses_here.items():
-                losses[name] = losses.get(name, 0) + count * float(v)
-            seen += count
+            share = int((y >= 0).sum()) / total
+            losses.append((share, matryoshka_backward(model, x, y, students, share,
+                                                      exit_at=(y.flatten() >= 0).nonzero()[:, 0])))
         finish_step(model, optimizers)
-        losses = {name: v / seen for name, v in losses.items()}  # of this process's share of the batch
-        history.append(losses)
-        progress.step(1, " | ".join(f"{name} {v:.3f}" for name, v in losses.items()))
+        history.append(mean_losses(losses))
+        progress.step(1, " | ".join(f"{name} {v:.3f}" for name, v in history[-1].items()))
     return history
 
 
@@ -150,15 +152,16 @@ def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict
     progress, history = Progress("controls", s.control_steps), []
     for step in range(s.control_steps):
         set_rates(optimizers, step, s.control_steps, *SCHEDULE)
-        rank, world = get_rank()
-        number = (seed * 1_000_003 + step) * world + rank
-        x, y, starts = encoder.batch(draw_many(number, s.control_rows // world, "controls"))
-        generator = torch.Generator().manual_seed(number)
-        y = at_most(ANSWER, y, generator)  # or the long answers of easy tasks would speak for all
-        losses = controls_backward(model, x, y, starts, generator, tokens=512, scale=1 / world)
+        losses = []
+        for k, piece in pieces_of(draw_many(seed * 1_000_003 + step, s.control_rows, "controls"), s, step):
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * s.pieces + k)
+            x, y, starts = encoder.batch(piece)
+            y = at_most(ANSWER, y, generator)  # or the long answers of easy tasks would speak for all
+            share = len(x) / s.control_rows
+            losses.append((share, controls_backward(model, x, y, starts, generator, tokens=y.numel(), scale=share)))
         finish_step(model, optimizers)
-        history.append({k: float(v) for k, v in losses.items()})
-        progress.step(1, " | ".join(f"{k} {v:.3f}" for k, v in history[-1].items()))
+        history.append(mean_losses(losses))
+        progress.step(1, " | ".join(f"{name} {v:.3f}" for name, v in history[-1].items()))
     return history
 
 
@@ -360,12 +363,14 @@ def examine_gate(judge: Judge, budget: float, prices: list) -> dict:
 
 
 def generate_all(engine: Engine, judge: Judge, encoder: Encoder, rows: int = 64, **options) -> tuple[list[str], list[Trace]]:
-    """Greedy answers by decoding, in batches, and their traces."""
-    answers, traces = [], []
-    for i in range(0, len(judge.prompts), rows):
-        out = engine.answers(judge.prompts[i:i + rows], 12, temperature=0, stop=(encoder.end,), **options)
-        answers += [encoder.tokenizer.decode(o) for o in out]
-        traces += engine.traces
+    """Greedy answers by decoding, in batches of like length, and their traces."""
+    by_length = sorted(range(len(judge.prompts)), key=lambda r: len(judge.prompts[r]))
+    answers, traces = ([None] * len(by_length) for _ in range(2))
+    for i in range(0, len(by_length), rows):
+        some = by_length[i:i + rows]
+        out = engine.answers([judge.prompts[r] for r in some], 12, temperature=0, stop=(encoder.end,), **options)
+        for r, ids, trace in zip(some, out, engine.traces, strict=True):
+            answers[r], traces[r] = encoder.tokenizer.decode(ids), trace
     return answers, traces
 
 
@@ -381,24 +386,23 @@ def spent(judge: Judge, traces: list[Trace]) -> dict:
 
 def wall_clock(engine: Engine, judge: Judge, encoder: Encoder, n: int) -> dict:
     """
-    Batch 1, full and adaptive in turns: mean milliseconds per answer, up to its first token and behind it; and full over
-    adaptive, of the whole answers and of what lies behind the first token.
+    Batch 1, full and adaptive in turns of 15 answers, so that each finds the caches as its users would: mean milliseconds of
+    an answer of one token, and of what a whole answer takes beyond that; and full over adaptive, of the whole answers and of
+    what lies behind the first token.
     """
-    times = {None: ([], []), "auto": ([], [])}
-    for r in range(n + 3):
-        prompt = judge.prompts[(r * 7) % len(judge.prompts)]
-        for mode, taken in times.items():
-            start = time.perf_counter()
-            answer = engine.generate(prompt, 12, mode=mode, temperature=0, stop=(encoder.end,))
-            next(answer, None)
-            first = time.perf_counter()
-            list(answer)
-            if r >= 3:
-                taken[0].append(first - start), taken[1].append(time.perf_counter() - first)
-    ms = {mode or "full": [1e3 * statistics.mean(part) for part in taken] for mode, taken in times.items()}
-    full, auto = ([sum(part) for part in taken] for taken in times.values())
-    return {"first_ms": {k: v[0] for k, v in ms.items()}, "rest_ms": {k: v[1] for k, v in ms.items()},
-            "speedup": full[1] / auto[1], "whole_speedup": sum(full) / sum(auto)}
+    times = {(mode, most): [] for most in (1, 12) for mode in (None, "auto")}
+    prompts = [judge.prompts[(r * 7) % len(judge.prompts)] for r in range(n)]
+    for r in range(0, n, 15):
+        for (mode, most), taken in times.items():
+            for prompt in (prompts[r - 1], *prompts[r:r + 15]):  # the first one is not counted
+                start = time.perf_counter()
+                list(engine.generate(prompt, most, mode=mode, temperature=0, stop=(encoder.end,)))
+                taken.append(time.perf_counter() - start)
+            del taken[-1 - len(prompts[r:r + 15])]
+    ms = {mode or "full": [1e3 * statistics.mean(times[mode, most]) for most in (1, 12)] for mode in (None, "auto")}
+    (first, full), (first_auto, auto) = ms.values()
+    return {"first_ms": {"full": first, "auto": first_auto}, "rest_ms": {"full": full - first, "auto": auto - first_auto},
+            "speedup": (full - first) / (auto - first_auto), "whole_speedup": full / auto}
 
 
 def static_grid(judge: Judge) -> dict:

@@ -38,9 +38,9 @@ template <class T> void add(T* x, const T* y, int64_t n, int64_t D, int64_t d) {
 
 // The blocks from `first` up to `last` for n tokens, `tokens` in a row: x (n, D), from `table` in front of block 0, is
 // updated in place, or, if write_only, the blocks only write their memory of it. With a gate, which is asked of the last
-// token, the run ends at the first exit point at which there is something to decide: the gate is surer than `leave`, or, past
-// half of all `count` blocks, less sure than `expand`. reached (2): how many blocks are done then, and whether there is; sure: the gate's answer
-// where it was last asked.
+// token, the run ends at the first exit point at which there is something to decide: the gate is surer than `leave`, or,
+// past half of all `count` blocks, less sure than `expand`. reached (2): how many blocks are done then, and whether there
+// is; sure: the gate's answer where it was last asked.
 template <class P, class T = typename P::Stored>
 void blocks(const Block<T>* all, const Sizes* sizes, T* x, const int64_t* ids, const T* table, const float* cos,
             const float* sin, const int64_t* row, const int64_t* position, const Gate* gate, int64_t* reached, float* sure,
@@ -102,8 +102,8 @@ template <class T> struct Answer {
 // likeliest next ones. A fresh prompt runs beside the first of them, and one that waits behind some blocks goes on when a
 // token comes by, and no further; then, what exited tokens owe these blocks is written. Where the gate is less sure than
 // `expand` past half of the blocks the caller decides, and where a prompt waits that is not here the caller lets it go on.
-// reached (3): how many tokens are done, the block before which the next one waits for the caller, or 0, and, in and out, how
-// many blocks the prompt has gone through.
+// reached (3): how many tokens are done, the block before which the next one waits for the caller, or 0, and, in and out,
+// how many blocks the prompt has gone through.
 template <class P, class T = typename P::Stored>
 void greedy(const Block<T>* all, const Sizes* sizes, const Answer<T>* answer, const T* table, const float* cos,
             const float* sin, const Gate* gate, int64_t* reached, float* sure, int64_t count, int64_t depth, float leave,
@@ -122,6 +122,7 @@ void greedy(const Block<T>* all, const Sizes* sizes, const Answer<T>* answer, co
         while (i < depth && !decided) {
             int64_t stop = gate ? i + 1 : depth;    // the token surely goes as far as the next exit point
             while (stop < depth && gate->points[stop] < 0) stop++;
+            if (!a.prompt && i < ran) stop = std::min(stop, ran);
             const int64_t beside = !t && !a.owed && ran == i ? a.prompt : 0;
             if (ran < stop && !beside) {
                 if (!a.prompt) {

@@ -1,5 +1,5 @@
-// What a few tokens (rows) ask of a norm, a linear layer, a head, an attention, an MLP and a Mamba-2 mixer. The same functions
-// in PyTorch, for whatever does not come here, are in matryoshka.py, mamba_block.py and loss_eval.py.
+// What a few tokens (rows) ask of a norm, a linear layer, a head, an attention, an MLP and a Mamba-2 mixer. The same
+// functions in PyTorch, for whatever does not come here, are in matryoshka.py, mamba_block.py and loss_eval.py.
 #pragma once
 #include "linear.h"
 
