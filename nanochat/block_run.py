@@ -156,7 +156,7 @@ class BlockRun:
         first, late, waits = end - max(behind), None, None
         if first < end:
             late = torch.tensor([tokens[first:end]], dtype=torch.long, device="cpu"), states[:, first:end]
-        if prompt and ran < len(self.blocks):
+        if prompt and ran < len(self.blocks) and (waiting is None or ran > waiting.ran):
             waits = torch.tensor([tokens[:prompt]], dtype=torch.long, device="cpu"), states[:, :prompt]
         cache.took(len(text) - 1 + done, late, levels, behind.tolist(), ran, waits)
         undecided = (at, states[:, end:end + 1], sure[0]) if at else None

@@ -324,10 +324,16 @@ class MatryoshkaKVCache:
     def _run_prompt(self, last: int) -> None:
         """The prompt, which has gone through some blocks before `last`, goes through the others."""
         p = self._prompt
-        now, self.chunk = self.chunk, Chunk([0] * len(p.idx), p.idx.size(1), p.lengths, self._rope)
-        x = self.model.through(p.ran, last, p.idx, p.x, p.levels, None, self)
+        chunk = Chunk([0] * len(p.idx), p.idx.size(1), p.lengths, self._rope)
+        x = self._run_late(chunk, p.ran, last, p.idx, p.x, p.levels)
         self._prompt = p._replace(x=x, ran=last) if last < len(self.blocks) else None
+
+    def _run_late(self, chunk: Chunk, first: int, last: int, idx, x, levels: list, active=None) -> torch.Tensor:
+        """Blocks first, ..., last - 1 on tokens that came before the announced ones, whose chunk comes back."""
+        now, self.chunk = self.chunk, chunk
+        x = self.model.through(first, last, idx, x, levels, None, self, active)
         self.chunk = now
+        return x
 
     # --- what exited tokens owe
 
@@ -377,10 +383,8 @@ class MatryoshkaKVCache:
                 return each[0]
             return torch.cat([torch.as_tensor(d).expand(entry[0].shape) for d, entry in zip(each, self._late)], 1)[:, -late:]
         levels = [level(i) if first <= i < last else None for i in range(len(self.behind))]
-        now, self.chunk = self.chunk, Chunk([p - late for p in self.pos], late, None, self._rope)
         self.behind[first:last] = [0] * (last - first)
-        self.model.run(first, last, idx, x, levels, None, self, active=False)
-        self.chunk = now
+        self._run_late(Chunk([p - late for p in self.pos], late, None, self._rope), first, last, idx, x, levels, False)
 
     def reopen(self) -> tuple[int, torch.Tensor, torch.Tensor]:
         """

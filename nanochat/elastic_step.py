@@ -153,7 +153,7 @@ class ElasticStep:
         """Of a token in a teacher's forward pass, whose logits the student compares with anew."""
         if self._looking is None:
             cost = self.model.cost(context=self.context)
-            self._looking = sum(c.flops for c in cost.values()) + cost["head"].flops
+            self._looking = sum(c.flops for c in cost.values()) + self._head
         return self._looking
 
     def flops(self, widths, tokens: int) -> float:
