@@ -6,10 +6,11 @@ the layers' own operators (cpu_decode.py), which serves where a run cannot.
 import copy
 import weakref
 from array import array
+from operator import is_
 
 import torch
 
-from nanochat.cpu_decode import DTYPES, MAX_ROWS, operator, plain
+from nanochat.cpu_decode import DTYPES, MAX_ROWS, address, operator, plain
 from nanochat.mamba_block import NORM_EPS
 
 # csrc/decode.cpp's struct Block: its words, and those that change from call to call
@@ -26,7 +27,7 @@ class BlockRun:
     """
     def __init__(self, model):
         c = self.config = model.config
-        self.blocks, self.words, self.found, self.parameters = model.transformer.h, array("q"), [], []
+        self.blocks, self.words, self.found, self.parameters = model.transformer.h, array("q"), {}, []
         self.dtype = self.blocks[0].mlp.c_fc.weight.dtype
         self.able = self.dtype in DTYPES
         sizes = dict.fromkeys(SIZES, 0) | {"D": c.n_embd, "top": c.top_width}
@@ -35,7 +36,7 @@ class BlockRun:
             for name in path.split("."):
                 owner = root._modules if name in root._modules else root._parameters
                 root = owner[name]
-                self.found.append((owner, name, root))
+                self.found[id(owner), name] = owner, name, root
             self.able &= plain(root) and root.dtype == dtype
             self.parameters.append(root)
             return root.data_ptr() if plain(root) else 0
@@ -60,25 +61,29 @@ class BlockRun:
         if "gate" in model._modules:
             self.points = array("q", [c.exit_points.index(i) if i in c.exit_points else -1 for i in range(c.n_block)])
             self.gate.extend([*(place(model, f"gate.{name}", torch.float32) for name in (
-                "c_fc.weight", "point.weight", "c_proj.weight", "c_proj.bias")), _place(self.points),
+                "c_fc.weight", "point.weight", "c_proj.weight", "c_proj.bias")), address(self.points),
                 model.gate.c_fc.out_features])
+        self.predictor = None
+        if "predictor" in model._modules:
+            self.predictor = model.predictor, [place(model, f"predictor.{name}", torch.float32) for name in (
+                "c_in.weight", "c_mid.weight", "c_mid.bias", "out_weight", "out_bias")]
         self.table, self.head = place(model, "transformer.wte.weight"), place(model, "lm_head.weight")
-        self.state = self._state()
+        self.found, self.state = list(zip(*self.found.values())), self._state() if self.able else []
 
     def _state(self) -> list:
-        """What the run relies on, of the parameters it has found."""
-        return [(p.data_ptr(), p.dtype, p.stride()) for p in self.parameters] if self.able else []
+        """Where the parameters lie that it has found; with another type or order they would lie elsewhere."""
+        return list(map(torch.Tensor.data_ptr, self.parameters))
 
-    def _stale(self) -> bool:
-        """Whether modules or parameters were replaced, or moved in memory, since."""
-        replaced = any(owner.get(name) is not it for owner, name, it in self.found)
-        return not self.able or replaced or self._state() != self.state
+    def stale(self) -> bool:
+        """Whether modules or parameters were replaced, or moved in memory, since, or none of this can be told."""
+        owners, names, them = self.found
+        return not self.able or not all(map(is_, map(dict.get, owners, names), them)) or self._state() != self.state
 
     @classmethod
     def of(cls, model) -> "BlockRun":
         """A run of its own for a cache of this model."""
         known = _runs.get(model)
-        if known is None or known._stale():
+        if known is None or known.stale():
             known = _runs[model] = cls(model)
         run = copy.copy(known)
         run.words, run.sizes = run.words[:], run.sizes[:]
@@ -107,7 +112,7 @@ class BlockRun:
         (see Controls), gives a control something to decide: the states there, how many blocks are done, whether there is
         something, and how sure the gate was when last asked.
         """
-        return self._run(first, last, idx, x, levels, cache, False, _place(self.gate), *bar)
+        return self._run(first, last, idx, x, levels, cache, False, address(self.gate), *bar)
 
     def greedy(self, text: list[int], limit: int, stop, levels: list, depth: int, cache, late=None, waiting=None, bar=None):
         """
@@ -141,26 +146,42 @@ class BlockRun:
         if owed:
             tokens[held:front], states[:, held:front] = array("q", late[0][0].tolist()), late[1]
         tokens[front + 1 - len(text):front + 1] = array("q", text)
-        answer = array("q", [start, limit, prompt, owed, _place(stops), len(stops),
-                             _place(tokens) + front * tokens.itemsize, _place(depths), states[:, front:].data_ptr(),
-                             _place(behind), self.head, logits.data_ptr(), c.vocab_size])
+        answer = array("q", [start, limit, prompt, owed, address(stops), len(stops),
+                             address(tokens) + front * tokens.itemsize, address(depths), states[:, front:].data_ptr(),
+                             address(behind), self.head, logits.data_ptr(), c.vocab_size])
         reached, sure = array("q", [0, 0, ran]), array("f", [0])
         cos, sin = cache.chunk.tables
         operator("greedy", self.dtype)(
-            _place(self.words), _place(self.sizes), _place(answer), self.table, cos.data_ptr(), sin.data_ptr(),
-            None if bar is None else _place(self.gate), _place(reached), _place(sure), len(self.blocks), depth,
+            address(self.words), address(self.sizes), address(answer), self.table, cos.data_ptr(), sin.data_ptr(),
+            None if bar is None else address(self.gate), address(reached), address(sure), len(self.blocks), depth,
             *(bar or (0.0, 0.0)), c.softcap, c.d_ref, c.norm_eps, NORM_EPS)
         done, at, ran = reached
         assert done or at, "a prompt that is not here must have begun"
         end = front + done
         first, late, waits = end - max(behind), None, None
         if first < end:
-            late = torch.tensor([tokens[first:end]], dtype=torch.long, device="cpu"), states[:, first:end]
+            late = _some(tokens, first, end), states[:, first:end]
         if prompt and ran < len(self.blocks) and (waiting is None or ran > waiting.ran):
-            waits = torch.tensor([tokens[:prompt]], dtype=torch.long, device="cpu"), states[:, :prompt]
+            waits = _some(tokens, 0, prompt), states[:, :prompt]
         cache.took(len(text) - 1 + done, late, levels, behind.tolist(), ran, waits)
         undecided = (at, states[:, end:end + 1], sure[0]) if at else None
         return tokens[front + 1:end + 1].tolist(), depths[:done].tolist(), undecided
+
+    def plan(self, prompt: list[int], budget: float, price: float, shares: torch.Tensor) -> torch.Tensor:
+        """
+        The widths that the predictor picks for one prompt, (1, n_block) int64: as confidence_probe.choose does of its
+        values at this budget and price; shares (n_block, n_levels) fp64.
+        """
+        self._check_ids(min(prompt), max(prompt))
+        c, (predictor, weights) = self.config, self.predictor
+        n_block, gains, hidden = predictor.out_weight.shape
+        ids, budget, price = array("q", prompt), array("f", (budget,)), array("d", (price,))
+        chosen, values = array("q", bytes(8 * n_block)), array("f", bytes(4 * n_block * (gains + 1)))
+        operator("predictor", self.dtype)(
+            address(ids), None, self.table, *weights, address(budget), address(values), shares.data_ptr(), address(price),
+            address(chosen), 1, len(ids), c.n_embd, hidden, predictor.BUMPS, n_block, gains, c.d_ref, c.norm_eps,
+            predictor.CAP)
+        return torch.frombuffer(array("q", [c.levels[i] for i in chosen]), dtype=torch.long)[None]
 
     def _check_ids(self, low, high):
         if not 0 <= low <= high < self.config.vocab_size:
@@ -187,8 +208,8 @@ class BlockRun:
             (cos, sin), (row, position), angles, offset = chunk.rope, (t.data_ptr() for t in chunk.places), n, 0
         reached, sure = array("q", [0, 0]), array("f", [0])
         operator("blocks", self.dtype)(
-            _place(self.words), _place(self.sizes), out.data_ptr(), idx.data_ptr(), self.table, cos.data_ptr() + offset,
-            sin.data_ptr() + offset, row, position, gate, _place(reached), _place(sure), n, chunk.T, chunk.start, first,
+            address(self.words), address(self.sizes), out.data_ptr(), idx.data_ptr(), self.table, cos.data_ptr() + offset,
+            sin.data_ptr() + offset, row, position, gate, address(reached), address(sure), n, chunk.T, chunk.start, first,
             last, len(self.blocks), angles, write_only, leave, expand, c.d_ref, c.norm_eps, NORM_EPS)
         for mixer, state, projected in records:
             mixer._record_step(state, projected)
@@ -231,5 +252,6 @@ class BlockRun:
         return records
 
 
-def _place(words: array) -> int:
-    return words.buffer_info()[0]
+def _some(tokens: array, first: int, last: int) -> torch.Tensor:
+    """Tokens first, ..., last - 1 of them, (1, n) int64; no copy."""
+    return torch.frombuffer(tokens, dtype=torch.long, count=last - first, offset=first * tokens.itemsize)[None]

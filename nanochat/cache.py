@@ -147,6 +147,11 @@ class KVView:
         if self.heads is not None and self._uniform is not None and not bool(keep.any()):
             self.width, self.heads = self._uniform, None  # what had other heads is gone
 
+    def clear(self) -> list[torch.Tensor]:
+        """Forgets all; what is to be zeroed. (Heads that a position lacks are read, too, with no weight.)"""
+        self.width = self.heads = self._uniform = None
+        return [self.k, self.v]
+
     def keep(self, rows: list[int]) -> None:
         if rows == sorted(set(rows)):  # rows move to the front of their own memory, and only what they hold
             used = max((self.owner.pos[r] for r in rows), default=0)
@@ -191,6 +196,10 @@ class MambaView:
     def rollback(self, block, keep: torch.Tensor) -> None:
         block.mamba.rollback(self.state, keep)
 
+    def clear(self) -> list[torch.Tensor]:
+        self.state.drop_checkpoint()
+        return [self.state.conv_state, self.state.ssm_state]
+
     def keep(self, rows: list[int]) -> None:
         self.state = self.state[rows]
 
@@ -226,7 +235,7 @@ class MatryoshkaKVCache:
         if length > c.sequence_len:
             raise ValueError(f"a cache of {length} tokens exceeds the model's context of {c.sequence_len}: "
                              "give a shorter prompt or ask for fewer tokens")
-        self.pos, self.length, self.device, self.model = [0] * batch, length, device, model
+        self.pos, self.length, self.dtype, self.device, self.model = [0] * batch, length, dtype, device, model
         self.blocks, self.views, self._saved_pos = model.transformer.h, [], None
         self.chunk, self.behind = None, [0] * c.n_block
         self._late = []  # (tokens, states, levels) of the last steps, oldest first
@@ -260,6 +269,10 @@ class MatryoshkaKVCache:
     def advance(self) -> None:
         """The announced tokens have been written by every block."""
         self.pos = self.chunk.ends
+
+    def run_alone(self) -> BlockRun | None:
+        """What makes a single row's plan in one call, where that can be done."""
+        return self._compiled([]) if len(self.pos) == 1 and self.device.type == "cpu" and serves_rows(1) else None
 
     def compiled_run(self, idx: torch.Tensor, levels: list) -> BlockRun | None:
         """What runs blocks of these levels on the announced tokens idx (B, T) in one call, where that can be done."""
@@ -441,6 +454,14 @@ class MatryoshkaKVCache:
         for block, view in zip(self.blocks, self.views):
             view.rollback(block, index)
         self.pos, self._saved_pos = list(pos), list(pos)
+
+    def clear(self) -> None:
+        """Holds nothing, as if it were new, and the model's weights may have moved."""
+        self.pos, self._saved_pos, self._prompt = [0] * len(self.pos), None, None
+        self._forget()
+        torch._foreach_zero_([memory for view in self.views for memory in view.clear()])
+        if self._run is not None and self._run.stale():
+            self._run = None
 
     # --- rows
 

@@ -127,6 +127,10 @@ class LayerDimPredictor(nn.Module):
         """Training begins: levels that growth appended gain a little, where no gradient would ever reach them before."""
         self.out_bias.masked_fill_(self.out_bias <= CLOSED / 2, self.ADMITTED)
 
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """All its parameters, in the order in which the compiled form takes them."""
+        return self.c_in.weight, self.c_mid.weight, self.c_mid.bias, self.out_weight, self.out_bias
+
     def flops(self, tokens: int) -> int:
         """Of one prompt."""
         return 2 * (tokens * self.c_in.weight.numel() + self.c_mid.weight.numel() + self.out_weight.numel())
@@ -221,8 +225,7 @@ class Controls:
         check_thresholds(self.exit_threshold, self.expand_threshold)
         calibration = calibration or {}
         self.budget = calibration.get("budget", 1.0) if budget is None else budget
-        self.levels = torch.tensor(c.levels)
-        self.shares, floor = level_shares(model)
+        (self.shares, floor), self.levels = level_shares(model), level_tensor(model)
         if not 0 < self.budget <= 1:
             raise ValueError(f"the budget {self.budget} is out of range: give a share of the full compute in (0, 1]")
         if self.budget < floor:
@@ -252,12 +255,18 @@ class Controls:
         return torch.sigmoid(self.model.gate(norm(x, c.d_ref, c.norm_eps), c.exit_points.index(i)))
 
     @torch.no_grad()
-    def plan(self, prompts: list[list[int]]) -> torch.Tensor:
-        """The levels of every block for each prompt, (rows, n_block) int64; they are remembered as `widths`."""
+    def plan(self, prompts: list[list[int]], run=None) -> torch.Tensor:
+        """
+        The levels of every block for each prompt, (rows, n_block) int64; they are remembered as `widths`. run: a BlockRun
+        that makes the plan of a single prompt (None: the model does, as that of several).
+        """
         if any(not p for p in prompts):
             raise ValueError("the prompt is empty: give at least one token, such as <|bos|>")
-        values = predict(self.model, *pad(prompts, self.model.device), self.budget).cpu()
-        self.widths = choose(values, self.levels, self.shares, self.price)
+        if run is not None:
+            self.widths = run.plan(*prompts, self.budget, self.price, self.shares)
+        else:
+            values = predict(self.model, *pad(prompts, self.model.device), self.budget).cpu()
+            self.widths = choose(values, self.levels, self.shares, self.price)
         return self.widths
 
     def parallel(self, x: torch.Tensor, prompts: list[list[int]], acts: torch.Tensor, watch=None):
@@ -324,6 +333,12 @@ def level_shares(model) -> tuple[torch.Tensor, float]:
     return table / full, (float(table[:, 0].sum()) + fixed) / full
 
 
+@once_per_model
+def level_tensor(model) -> torch.Tensor:
+    """The levels (n_levels,), int64."""
+    return torch.tensor(model.config.levels)
+
+
 def budget_grid(model) -> list[float]:
     """Sixteen budgets from a little above the narrowest widths' cost up to 1."""
     _, floor = level_shares(model)
@@ -349,10 +364,11 @@ def predict(model, idx: torch.Tensor, valid: torch.Tensor, budget) -> torch.Tens
     """The predictor's values (B, n_block, n_levels) for prompts idx (B, T), valid (B, T); budget: a number or (B,)."""
     c, table = model.config, model.transformer.wte.weight
     budget = torch.as_tensor(budget, dtype=torch.float32, device=idx.device).expand(len(idx))
-    if cpu_decode.serves_prompts(idx, table, model.compute_dtype, model.predictor):
-        return cpu_decode.predictor(model.predictor, table, idx, valid, budget, c.d_ref, c.norm_eps)
+    control, weights = model.predictor, model.predictor.weights()
+    if cpu_decode.free(idx) and cpu_decode.serves_prompts(*map(int, idx.aminmax()), table, model.compute_dtype, weights):
+        return cpu_decode.predictor(weights, table, idx, valid, budget, control.BUMPS, c.d_ref, c.norm_eps, control.CAP)
     e = norm(model.embed(model.transformer.wte, idx), c.d_ref, c.norm_eps).detach()
-    return model.predictor(e, valid, budget)
+    return control(e, valid, budget)
 
 
 def choose(values: torch.Tensor, levels: torch.Tensor, shares: torch.Tensor, price: float) -> torch.Tensor:
@@ -451,13 +467,16 @@ def fixed_sequence(losses: torch.Tensor, delta: float, epsilon: float) -> tuple[
     return len(values) - 1, values
 
 
-def pareto_path(points: list[tuple[tuple[float, float], float, float]]) -> list[tuple[float, float]]:
+def pareto_path(points: list[tuple[tuple[float, float], float, float]], budgets=()) -> list[tuple[float, float]]:
     """
     The order in which to test settings (budget, exit threshold), from (setting, loss, cost) of each on tuning data that the
     test does not use: behind full compute, for ever lower limits on the cost, the setting of least loss that keeps within
     (Pareto testing, Laufer-Goldshtein et al. 2022, arXiv 2210.07913). Of settings that lose alike, as nothing at all on few
     data, the one nearer to full compute in both respects: a path that leaps to the cheapest of these fails its first test.
+    For the same reason, where a step loses more than the setting it comes from, all of `budgets` that it leaves out come
+    between, at that setting's threshold.
     """
+    lost = {s: loss for s, loss, _ in points}
     grids = [sorted({s[k] for s, _, _ in points}, reverse=True) for k in (0, 1)]
 
     def key(point):
@@ -467,16 +486,20 @@ def pareto_path(points: list[tuple[tuple[float, float], float, float]]) -> list[
     for k in range(1, PATH_STEPS):
         within = [p for p in points if p[2] <= full * (1 - k / PATH_STEPS)]
         if within and (best := min(within, key=key)[0]) not in path:
+            (budget, threshold), last = best, path[-1]
+            if threshold <= last[1] and lost[best] > lost.get(last, 0):
+                path += [(b, last[1]) for b in sorted(budgets, reverse=True) if budget < b < last[0]]
             path.append(best)
-    return path
+    return list(dict.fromkeys(path))
 
 
 def tune(model, run, most: float) -> list[tuple[float, float]]:
     """
-    The path of settings to test, from tuning data: run(budget, exit threshold) -> (losses (n,), FLOPs) of them. A budget's
-    thresholds are lowered until the mean loss exceeds `most`, budgets until even without exits it does.
+    The path of settings to test, from tuning data: run(budget, exit threshold) -> (losses (n,), FLOPs) of them, for every
+    second budget of the grid. A budget's thresholds are lowered until the mean loss exceeds `most`, budgets until even
+    without exits it does.
     """
-    points, budgets = [], budget_grid(model)[::-1]
+    points, budgets = [], budget_grid(model)[::-2]
     progress = Progress("tuning", len(budgets) * len(TUNED), "settings")
     for budget in budgets:
         for threshold in TUNED:
@@ -487,7 +510,7 @@ def tune(model, run, most: float) -> list[tuple[float, float]]:
                 break
         if points[-1][0] == (budget, 1.0):
             break
-    return pareto_path(points)
+    return pareto_path(points, budget_grid(model))
 
 
 def calibrate(losses_at, delta: float, epsilon: float, settings: list[tuple[float, float]]) -> tuple[dict, torch.Tensor]:

@@ -88,7 +88,7 @@ class Engine:
     """
     def __init__(self, model, tokenizer, calibration: dict | None = None):
         self.model, self.tokenizer, self.calibration, self.traces = model, tokenizer, calibration, []
-        self.speculation, self.record, self._pace = None, Record(model), 1
+        self.speculation, self.record, self._pace, self._trained, self._spare = None, Record(model), 1, False, None
 
     def generate(self, prompt: list[int], max_tokens: int, **options) -> Iterator[int]:
         """The tokens that follow one prompt, one by one; options as in `stream`."""
@@ -149,29 +149,31 @@ class Engine:
             if modes != ["auto"] * n:
                 raise ValueError("mode 'auto' cannot be mixed with others in one batch: run those prompts apart")
             if control is None:
-                check_trained(model)
+                if not self._trained:
+                    check_trained(model)
+                    self._trained = True
                 control = Controls(model, budget, calibration=self.calibration)
-            widths = control.plan(prompts)
         elif budget is not None or control is not None:
             raise ValueError("a budget has an effect in mode 'auto' only: choose it, or leave the budget away")
         else:
             widths = torch.tensor([model.resolve_widths(m) for m in modes])  # (rows, n_block)
+        if max_tokens < 1:
+            return
         depths = [n_block if d is None else d for d in depths]
         stop, device = set(map(int, stop)), model.device
         text = [list(p) for p in prompts]
         left = [max_tokens] * n
-        generators = [torch.Generator(device=device).manual_seed(seed + r) for r in range(n)]
+        generators = [torch.Generator(device=device).manual_seed(seed + r) if temperature else None for r in range(n)]
         length = limit if overflow == "slide" else min(limit, max(map(len, prompts)) + max_tokens)
 
-        if max_tokens < 1:
-            return
+        cache = self._cache(n, length, device)
+        if control is not None:
+            widths = control.plan(prompts, cache.run_alone())
         self.traces = [Trace(len(p), tuple(w), control is not None) for p, w in zip(prompts, widths.tolist())]
         self.speculation = None
         if lossless:
             self.speculation = Speculation(self.record, drafts, draft, settings, self.traces)
         live = list(range(n))
-        cache = MatryoshkaKVCache(model, n, length)
-
         planned, levels, leave = (None, None), None, None
         ahead = []  # steps of a single row's tokens that are not given out yet
 
@@ -180,7 +182,8 @@ class Engine:
             nonlocal planned, levels, leave
             now = live, widths if control is None else control.widths
             if now[0] is not planned[0] or now[1] is not planned[1]:  # rows have ended or expanded
-                planned, levels = now, model.resolve_widths(now[1][live])
+                planned = now
+                levels = now[1][live[0]].tolist() if len(live) == 1 else model.resolve_widths(now[1][live])
                 each = [depths[r] for r in live]
                 leave = each[0] if min(each) == max(each) else torch.tensor(each)[:, None]
             if control is not None:
@@ -261,6 +264,7 @@ class Engine:
             self.traces[live[0]].steps += ahead  # of a token that ends the row
             ahead.clear()
             if not stay:
+                self._spare = cache if n == 1 else None
                 return
             if len(stay) < len(live):
                 cache.keep(stay)
@@ -285,6 +289,18 @@ class Engine:
                 chosen = self.speculation(cache, live, last, own, max(left[r] for r in live))
             else:
                 chosen = following(own)
+
+    def _cache(self, rows: int, length: int, device) -> MatryoshkaKVCache:
+        """
+        An empty cache: for a single row on a CPU that of the last answer, if it is long enough, since a new one takes as
+        long as a token of a small model. While an answer is being made its cache belongs to nobody else.
+        """
+        spare, self._spare = self._spare, None
+        if (rows > 1 or spare is None or spare.length < length or spare.device.type != "cpu" or spare.device != device
+                or spare.dtype != self.model.compute_dtype):
+            return MatryoshkaKVCache(self.model, rows, length)
+        spare.clear()
+        return spare
 
     def _prefill(self, texts: list[list[int]], widths, cache) -> torch.Tensor:
         """Runs the texts, of different lengths, into the cache; the hidden states (B, T, D)."""

@@ -349,6 +349,37 @@ def test_a_cache_made_in_inference_mode_leaves_nothing_behind_that_training_trip
 
 
 @torch.no_grad()
+def test_an_engine_answers_as_a_new_one_would(monkeypatch):
+    """In the memory of its last answer: longer, narrower, in another mode, abandoned, two at once, by moved weights."""
+    model = prepared()
+    made, make = [], MatryoshkaKVCache.__init__
+    monkeypatch.setattr(MatryoshkaKVCache, "__init__", lambda self, *a: made.append(a) or make(self, *a))
+
+    def ask(engine, prompt, n=12, **options):
+        options = {"temperature": 0} | options
+        control = controls(model) if options.get("mode") == "auto" else None
+        return engine.generate(prompt, n, control=control, **options)
+    engine, long, short = Engine(model, None), list(range(20, 60)), [7, 8, 9]
+    cases = [(long, {}), (short, {"mode": "auto"}), (long, {"mode": "auto"}), (short, {"mode": "ghost"}),
+             (short, {"depth": 1}), (long, {"lossless": True}), (short, {"temperature": 1.0, "seed": 3}), (short, {})]
+    for prompt, options in cases:
+        assert list(ask(engine, prompt, **options)) == list(ask(Engine(model, None), prompt, **options))
+    assert len(made) == 1 + len(cases)  # the engine made one
+
+    want = list(ask(engine, short))
+    next(ask(engine, long))  # never finished
+    first, second = ask(engine, short), ask(engine, long)
+    got = [next(first), next(second), *first]
+    assert got[:1] + got[2:] == want and [got[1], *second] == list(ask(Engine(model, None), long))
+
+    model.transformer.h[0].mlp = model.transformer.h[1].mlp
+    changed = list(ask(engine, short))
+    assert changed == list(ask(Engine(model, None), short)) != want
+    prepare_inference(model, "cpu", torch.bfloat16)
+    assert list(ask(engine, short)) == list(ask(Engine(model, None), short))
+
+
+@torch.no_grad()
 def test_weights_that_moved_are_found(monkeypatch):
     """Between two answers: other memory, another parameter, another dtype; what cannot be read is left to the layers."""
     model, idx = prepared(), torch.tensor([[3, 4, 5]])

@@ -375,6 +375,26 @@ def test_the_compiled_predictor_is_the_predictor(hybrid, dtype, monkeypatch):
     assert not used and got.diff(dim=-1).std() > 0.1
 
 
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plan_of_one_prompt_in_one_call_is_the_plan(hybrid, dtype):
+    prepare_inference(hybrid, "cpu", dtype)
+    for p in hybrid.predictor.parameters():
+        p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * p.shape[-1] ** -0.5)
+    run, plans = MatryoshkaKVCache(hybrid, 1, 8).run_alone(), set()
+    for prompt in [*PROMPTS, list(range(100, 160))]:
+        for budget, price in ((0.7, 0.0), (0.7, 4.0), (0.9, 4.0), (0.9, 6.0)):
+            control = Controls(hybrid, budget, calibration={"prices": [[budget, price]]})
+            want = control.plan([prompt]).clone()
+            assert torch.equal(control.plan([prompt], run), want) and torch.equal(control.widths, want)
+            plans.add(tuple(want[0].tolist()))
+    assert len(plans) > 4
+    assert MatryoshkaKVCache(hybrid, 2, 8).run_alone() is None  # a batch is planned together
+    with pytest.raises(ValueError, match="token ids from 299 to 300 do not fit"):
+        control.plan([[299, 300]], run)
+
+
 def test_the_predictor_is_one_graph(hybrid):
     _, valid = pad(PROMPTS, "cpu")
     fast = torch.compile(hybrid.predictor, fullgraph=True, backend="eager")
@@ -497,6 +517,15 @@ def test_settings_are_tested_from_the_dearest_on_and_only_if_nothing_beats_them(
     assert pareto_path(points) == [(1.0, 1.0), a, c, e]
 
 
+def test_budgets_that_a_riskier_step_leaves_out_come_between():
+    points = [((1.0, 1.0), 0.0, 100), ((0.8, 0.9), 0.0, 80), ((0.5, 0.9), 0.01, 45), ((0.5, 0.7), 0.01, 40),
+              ((0.2, 0.7), 0.01, 20), ((0.1, 0.9), 0.02, 10)]
+    tenths = [i / 10 for i in range(1, 11)]
+    safe = [(1.0, 1.0), (0.8, 0.9)]  # nothing lost on the way to it
+    leap = [(0.7, 0.9), (0.6, 0.9), (0.5, 0.9), (0.5, 0.7), (0.2, 0.7)]  # no riskier further on
+    assert pareto_path(points, tenths) == [*safe, *leap, (0.1, 0.9)]  # stricter in the other respect
+
+
 def test_where_nothing_is_lost_the_path_does_not_leap():
     """All alike on few data: the cheapest comes last, behind settings that are milder in both respects."""
     points = [((b, t), 0.0, 100 * b * t) for b in (1.0, 0.8, 0.6) for t in (1.0, 0.9, 0.7)]
@@ -513,14 +542,14 @@ def test_tuning_stops_lowering_a_threshold_where_too_much_is_lost(hybrid):
         seen.append((budget, threshold))
         return torch.full((4,), 1 - threshold), budget * threshold
     path = tune(hybrid, run, 0.05)
-    assert path[0] == (1.0, 1.0) == seen[0] and len({b for b, _ in seen}) == len(budget_grid(hybrid))
+    grid = budget_grid(hybrid)
+    assert path[0] == (1.0, 1.0) == seen[0] and {b for b, _ in seen} == set(grid[1::2])
     assert min(t for _, t in seen) == max(t for t in TUNED if 1 - t > 0.05)
     costs = [b * t for b, t in path[1:]]
     assert costs == sorted(costs, reverse=True)
     seen.clear()
-    grid = budget_grid(hybrid)
     assert tune(hybrid, lambda b, t: (seen.append((b, t)), (torch.tensor([float(b < grid[6])]), b * t))[1], 0.05)
-    assert {b for b, _ in seen} == set(grid[5:]) and (grid[5], TUNED[1]) not in seen  # behind what fails without any exit
+    assert {b for b, _ in seen} == set(grid[5::2]) and (grid[5], TUNED[1]) not in seen  # behind what fails without any exit
 
 
 def test_nothing_safe_is_said_so():

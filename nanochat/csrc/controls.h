@@ -40,28 +40,29 @@ float confidence(const Gate& gate, int64_t point, const T* x, int64_t D, float d
     return 1 / (1 + std::exp(-logit));
 }
 
-// LayerDimPredictor.forward for `rows` prompts of at most `tokens` tokens, those with `valid`, from the embeddings' table:
-// values (rows, blocks, gains + 1). in (hidden, D), mid (hidden, 2 hidden + 1 + bumps), out (blocks, gains, hidden). A
-// prompt's values do not depend on the others'.
+// LayerDimPredictor.forward for `rows` prompts of at most `tokens` tokens, those with `valid` (null: all), from the
+// embeddings' table: values (rows, blocks, gains + 1). in (hidden, D), mid (hidden, 2 hidden + 1 + bumps), out (blocks,
+// gains, hidden). chosen (rows, blocks), unless null: the best level of each block after it has paid `price` for its
+// `shares` (blocks, gains + 1) of the compute, of equal ones the narrower. A prompt's values do not depend on the others'.
 template <class P, class T = typename P::Stored>
 void predictor(const int64_t* ids, const uint8_t* valid, const T* table, const float* in, const float* mid,
                const float* mid_bias, const float* out, const float* out_bias, const float* budget, float* values,
-               int64_t rows, int64_t tokens, int64_t D, int64_t hidden, int64_t bumps, int64_t blocks, int64_t gains,
-               float d_ref, float eps, float cap) {
+               const double* shares, const double* price, int64_t* chosen, int64_t rows, int64_t tokens, int64_t D,
+               int64_t hidden, int64_t bumps, int64_t blocks, int64_t gains, float d_ref, float eps, float cap) {
     constexpr int64_t SOME = 48;    // tokens at a time
     const int64_t width = 2 * hidden + 1 + bumps;
     T* normed = scratch<T>(7, D);
     float *e = scratch<float>(8, SOME * D), *f = scratch<float>(9, SOME * hidden), *u = scratch<float>(10, width + hidden);
     float* h = u + width;
     const auto sigmoid = [](float x) { return 1 / (1 + std::exp(-x)); };
-    for (int64_t r = 0; r < rows; r++, ids += tokens, valid += tokens, values += blocks * (gains + 1)) {
+    for (int64_t r = 0; r < rows; r++, ids += tokens, values += blocks * (gains + 1)) {
         int64_t n = 0;
         std::fill_n(u, hidden, 0.0f);
         std::fill_n(u + hidden, hidden, -INFINITY);
         for (int64_t t = 0; t < tokens;) {
             int64_t some = 0;
             for (; t < tokens && some < SOME; t++) {
-                if (!valid[t]) continue;
+                if (valid && !valid[r * tokens + t]) continue;
                 norm<P>(table + ids[t] * D, normed, 1, D, d_ref, eps);
                 for (int64_t i = 0; i < D; i++) e[some * D + i] = widen(normed[i]);
                 some++;
@@ -90,6 +91,11 @@ void predictor(const int64_t* ids, const uint8_t* valid, const T* table, const f
                 const int64_t at = b * gains + l;
                 const float gain = cap * std::tanh(dot(hidden, h, out + at * hidden) / cap) + out_bias[at];
                 v[l + 1] = v[l] + std::max(gain, 0.0f) + std::log1p(std::exp(-std::fabs(gain)));  // softplus
+            }
+            double best = -INFINITY;
+            for (int64_t l = 0; l <= gains && chosen; l++) {
+                const double left = v[l] - *price * shares[b * (gains + 1) + l];
+                if (left > best) best = left, chosen[r * blocks + b] = l;
             }
         }
     }
