@@ -243,21 +243,29 @@ class Judge:
             widths = torch.tensor(self.model.resolve_widths(widths)).expand(n, -1)
         depth = torch.as_tensor(c.n_block if depth is None else depth).expand(n, T)
 
-        def judge(rows):
-            t = int(self.ends[rows].max())
+        def judge(rows, t):
+            for name, value in self._pass(rows, t, widths[rows], depth[rows, :t], control, extra).items():
+                if name == "depth":
+                    out[name][rows, :t] = value
+                else:
+                    out[name][rows] = value
+        self.in_pieces(judge)
+        return out
+
+    def in_pieces(self, f) -> list:
+        """
+        f(rows, t) of each piece of the set: the numbers of its instances, whose texts end by position t; in as many threads
+        as torch has.
+        """
+        def run(rows):
             with torch.no_grad():  # for this thread
-                for name, value in self._pass(rows, t, widths[rows], depth[rows, :t], control, extra).items():
-                    if name == "depth":
-                        out[name][rows, :t] = value
-                    else:
-                        out[name][rows] = value
+                return f(rows, int(self.ends[rows].max()))
         threads = torch.get_num_threads()
         try:  # a pass this small gains little from two threads inside
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                list(pool.map(judge, self.ends.argsort(stable=True).split(self.PIECE)))
+                return list(pool.map(run, self.ends.argsort(stable=True).split(self.PIECE)))
         finally:
             torch.set_num_threads(threads)
-        return out
 
     def _pass(self, rows, t, widths, depth, control, extra) -> dict:
         """Likewise for some of the instances, whose texts end by position t."""
@@ -344,17 +352,24 @@ def resampled_promise(losses: torch.Tensor, delta: float, trials: int = 200, n: 
 def examine_gate(judge: Judge, budget: float, prices: list) -> dict:
     """Brier score, base rate's, loss, calibration curve and error, confusion: at every exit point of every answer token."""
     model = judge.model
-    at = judge.answer.flatten().nonzero()[:, 0]
-    shadow = Shadow(at)
-    full = model.hidden(judge.x).flatten(0, 1)[at]
-    Controls(model, budget, 1.0, 0.0, {"prices": prices}).parallel(judge.x, judge.prompts, judge.behind, shadow)
-    loss, seen = gate_loss(model, shadow, full, judge.y.flatten()[at])
-    sure, label = seen["confidence"], seen["label"]
+
+    def look(rows, t):
+        x, y, behind, answer = (tensor[rows, :t] for tensor in (judge.x, judge.y, judge.behind, judge.answer))
+        at = answer.flatten().nonzero()[:, 0]
+        shadow = Shadow(at)
+        full = model.hidden(x).flatten(0, 1)[at]
+        prompts = [judge.prompts[r] for r in rows.tolist()]
+        Controls(model, budget, 1.0, 0.0, {"prices": prices}).parallel(x, prompts, behind, shadow)
+        loss, seen = gate_loss(model, shadow, full, y.flatten()[at])
+        return loss * len(seen["label"]), seen["confidence"], seen["label"]
+    losses, sure, label = zip(*judge.in_pieces(look))
+    sure, label = torch.cat(sure), torch.cat(label)
+    loss, rate = sum(losses) / len(label), float(label.mean())
     bins = [(sure >= i / 15) & (sure < (i + 1) / 15 + (i == 14)) for i in range(15)]
     curve = [(float(sure[b].mean()), float(label[b].mean()), int(b.sum())) for b in bins if b.any()]
     said = sure > 0.5
-    rate = seen["rate"]
-    return {"loss": float(loss), "brier": seen["brier"], "base_brier": rate * (1 - rate), "rate": rate, "curve": curve,
+    return {"loss": float(loss), "brier": float((sure - label).square().mean()), "base_brier": rate * (1 - rate),
+            "rate": rate, "curve": curve,
             "ece": sum(abs(c - a) * n for c, a, n in curve) / len(sure),
             "confusion": {"leave, and should": int((said & (label == 1)).sum()),
                           "leave, but should not": int((said & (label == 0)).sum()),
@@ -362,7 +377,7 @@ def examine_gate(judge: Judge, budget: float, prices: list) -> dict:
                           "stay, and should": int((~said & (label == 0)).sum())}}
 
 
-def generate_all(engine: Engine, judge: Judge, encoder: Encoder, rows: int = 64, **options) -> tuple[list[str], list[Trace]]:
+def generate_all(engine: Engine, judge: Judge, encoder: Encoder, rows: int = 48, **options) -> tuple[list[str], list[Trace]]:
     """Greedy answers by decoding, in batches of like length, and their traces."""
     by_length = sorted(range(len(judge.prompts)), key=lambda r: len(judge.prompts[r]))
     answers, traces = ([None] * len(by_length) for _ in range(2))
