@@ -103,7 +103,6 @@ class Engine:
                 out[row].append(token)
         return out
 
-    @torch.inference_mode()
     def stream(self, prompts: list[list[int]], max_tokens: int, mode=None, depth=None, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Iterable[int] = (),
                overflow: str = "stop", budget: float | None = None, control=None, lossless: bool = False,
@@ -166,9 +165,10 @@ class Engine:
         generators = [torch.Generator(device=device).manual_seed(seed + r) if temperature else None for r in range(n)]
         length = limit if overflow == "slide" else min(limit, max(map(len, prompts)) + max_tokens)
 
-        cache = self._cache(n, length, device)
-        if control is not None:
-            widths = control.plan(prompts, cache.run_alone())
+        with torch.inference_mode():  # never while the caller has its turn
+            cache = self._cache(n, length, device)
+            if control is not None:
+                widths = control.plan(prompts, cache.run_alone())
         self.traces = [Trace(len(p), tuple(w), control is not None) for p, w in zip(prompts, widths.tolist())]
         self.speculation = None
         if lossless:
@@ -230,17 +230,18 @@ class Engine:
 
         def following(own):
             return several() or [[t] for t in draw_tokens(model.logits(step()), settings, own)]
-        if not lossless and (chosen := several()):
-            pass  # the prompt and its first token are done
-        elif control is None and min(depths) == n_block:
-            h = self._prefill(text, widths, cache)[torch.arange(n), [len(t) - 1 for t in text]]
-            for trace in self.traces if not lossless else ():  # whose steps are appended as its tokens come
-                trace.steps.append((n_block, trace.widths))
-            chosen = [[t] for t in draw_tokens(model.logits(h), settings, generators)]
-        else:
-            if max(map(len, text)) > 1:  # prompts go no deeper than their answers
-                cache.hold(*self._padded([t[:-1] for t in text]), model.resolve_widths(widths))
-            chosen = following(generators)
+        with torch.inference_mode():
+            if not lossless and (chosen := several()):
+                pass  # the prompt and its first token are done
+            elif control is None and min(depths) == n_block:
+                h = self._prefill(text, widths, cache)[torch.arange(n), [len(t) - 1 for t in text]]
+                for trace in self.traces if not lossless else ():  # whose steps are appended as its tokens come
+                    trace.steps.append((n_block, trace.widths))
+                chosen = [[t] for t in draw_tokens(model.logits(h), settings, generators)]
+            else:
+                if max(map(len, text)) > 1:  # prompts go no deeper than their answers
+                    cache.hold(*self._padded([t[:-1] for t in text]), model.resolve_widths(widths))
+                chosen = following(generators)
         while live:
             stay, kept = [], [[] for _ in live]
             for i, (r, tokens) in enumerate(zip(live, chosen)):
@@ -266,29 +267,30 @@ class Engine:
             if not stay:
                 self._spare = cache if n == 1 else None
                 return
-            if len(stay) < len(live):
-                cache.keep(stay)
-                live = [live[i] for i in stay]
-            full = [i for i, p in enumerate(cache.pos) if p == length]
-            if full:  # slide: a row starts again from the last half of its context, the newest token apart
-                rows, anew = [i for i in range(len(live)) if i not in full], []
-                for r in (live[i] for i in full):
-                    anew.append(MatryoshkaKVCache(model, 1, length))
-                    now = (widths if control is None else control.widths)[r:r + 1]
-                    self._prefill([text[r][-max(2, limit // 2):-1]], now, anew[-1])
-                if rows:
-                    cache.keep(rows)
+            with torch.inference_mode():
+                if len(stay) < len(live):
+                    cache.keep(stay)
+                    live = [live[i] for i in stay]
+                full = [i for i, p in enumerate(cache.pos) if p == length]
+                if full:  # slide: a row starts again from the last half of its context, the newest token apart
+                    rows, anew = [i for i in range(len(live)) if i not in full], []
+                    for r in (live[i] for i in full):
+                        anew.append(MatryoshkaKVCache(model, 1, length))
+                        now = (widths if control is None else control.widths)[r:r + 1]
+                        self._prefill([text[r][-max(2, limit // 2):-1]], now, anew[-1])
+                    if rows:
+                        cache.keep(rows)
+                    else:
+                        cache, *anew = anew
+                    for other in anew:
+                        cache.append(other)
+                    live = [live[i] for i in rows + full]
+                own = [generators[r] for r in live]
+                if lossless:
+                    last = torch.tensor([text[r][-1:] for r in live], device=device)
+                    chosen = self.speculation(cache, live, last, own, max(left[r] for r in live))
                 else:
-                    cache, *anew = anew
-                for other in anew:
-                    cache.append(other)
-                live = [live[i] for i in rows + full]
-            own = [generators[r] for r in live]
-            if lossless:
-                last = torch.tensor([text[r][-1:] for r in live], device=device)
-                chosen = self.speculation(cache, live, last, own, max(left[r] for r in live))
-            else:
-                chosen = following(own)
+                    chosen = following(own)
 
     def _cache(self, rows: int, length: int, device) -> MatryoshkaKVCache:
         """

@@ -19,7 +19,7 @@ float confidence(const Gate& gate, int64_t point, const T* x, int64_t D, float d
     constexpr int64_t PEAK = 3;
     T* normed = scratch<T>(8, D);
     norm<P>(x, normed, 1, D, d_ref, eps);
-    float *wide = scratch<float>(9, D), *u = scratch<float>(10, gate.hidden);
+    float *wide = scratch<float>(9, std::max(D, gate.hidden)), *u = scratch<float>(10, gate.hidden);
     for (int64_t i = 0; i < D; i++) wide[i] = widen(normed[i]);
     linear<Fp32>(wide, gate.fc, u, 1, D, gate.hidden, D, D);
     float first = -INFINITY, second = -INFINITY;
@@ -28,8 +28,9 @@ float confidence(const Gate& gate, int64_t point, const T* x, int64_t D, float d
         second = std::max(second, std::min(first, u[j]));
         first = std::max(first, u[j]);
     }
+    map(gate.hidden, u, wide, [&](vec x, int64_t) { return exp(x - first); });
     float total = 0;
-    for (int64_t j = 0; j < gate.hidden; j++) total += std::exp(u[j] - first);
+    for (int64_t j = 0; j < gate.hidden; j++) total += wide[j];
     const float likeliest = std::min(-std::log(total), -1e-6f);
     const float *w = gate.proj + point * (PEAK + gate.hidden);
     float logit = gate.bias[point] + w[0] * likeliest + w[1] * std::log(-std::expm1(likeliest)) + w[2] * (first - second);
@@ -54,7 +55,6 @@ void predictor(const int64_t* ids, const uint8_t* valid, const T* table, const f
     T* normed = scratch<T>(7, D);
     float *e = scratch<float>(8, SOME * D), *f = scratch<float>(9, SOME * hidden), *u = scratch<float>(10, width + hidden);
     float* h = u + width;
-    const auto sigmoid = [](float x) { return 1 / (1 + std::exp(-x)); };
     for (int64_t r = 0; r < rows; r++, ids += tokens, values += blocks * (gains + 1)) {
         int64_t n = 0;
         std::fill_n(u, hidden, 0.0f);
@@ -69,9 +69,10 @@ void predictor(const int64_t* ids, const uint8_t* valid, const T* table, const f
             }
             if (!some) break;
             linear<Fp32>(e, in, f, some, D, hidden, D, D);
+            map(some * hidden, f, f, [](vec x, int64_t) { return silu(x); });
             for (int64_t k = 0; k < some; k++)
                 for (int64_t j = 0; j < hidden; j++) {
-                    const float x = f[k * hidden + j], y = x * sigmoid(x);
+                    const float y = f[k * hidden + j];
                     u[j] += y, u[hidden + j] = std::max(u[hidden + j], y);
                 }
             n += some;
@@ -83,7 +84,8 @@ void predictor(const int64_t* ids, const uint8_t* valid, const T* table, const f
             u[2 * hidden + 1 + k] = 4 * std::exp(-away * away);
         }
         linear<Fp32>(u, mid, h, 1, width, hidden, width, width);
-        for (int64_t j = 0; j < hidden; j++) h[j] += mid_bias[j], h[j] *= sigmoid(h[j]);
+        for (int64_t j = 0; j < hidden; j++) h[j] += mid_bias[j];
+        map(hidden, h, h, [](vec x, int64_t) { return silu(x); });
         for (int64_t b = 0; b < blocks; b++) {
             float* v = values + b * (gains + 1);
             v[0] = 0;
