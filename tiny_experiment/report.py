@@ -133,7 +133,8 @@ def markdown(report: dict) -> str:
     wall = [mean(r["wall"][part][k] for r in runs) for k in ("full", "auto") for part in ("first_ms", "rest_ms")]
     lines += ["", f"FLOPs saved on generated tokens {100 * report['flops_saved']:.1f} %, on prompt and answer together "
               f"{100 * report['flops_saved_prompt_and_answer']:.1f} %. At batch 1 an answer of one token takes "
-              f"{wall[0]:.2f} ms and the other tokens {wall[1]:.2f} more, adaptive {wall[2]:.2f} and {wall[3]:.2f} ms.", "",
+              f"{wall[0]:.2f} ms and the other tokens {wall[1]:.2f} more, adaptive {wall[2]:.2f} and {wall[3]:.2f} ms. With "
+              f"one thread whole answers are {mean(r['wall']['one_thread'] for r in runs):.2f}x as fast.", "",
               "## The gate", "",
               "| seed | loss | Brier | base rate's | ECE | budget | threshold | observed risk | p |",
               "|---|---|---|---|---|---|---|---|---|"]

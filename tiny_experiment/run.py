@@ -403,8 +403,18 @@ def wall_clock(engine: Engine, judge: Judge, encoder: Encoder, n: int) -> dict:
     """
     Batch 1, full and adaptive in turns of 15 answers, so that each finds the caches as its users would: mean milliseconds of
     an answer of one token, and of what a whole answer takes beyond that; and full over adaptive, of the whole answers and of
-    what lies behind the first token.
+    what lies behind the first token; of the whole answers with one thread, too.
     """
+    wall, threads = clock(engine, judge, encoder, n), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return wall | {"one_thread": clock(engine, judge, encoder, n)["whole_speedup"]}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def clock(engine: Engine, judge: Judge, encoder: Encoder, n: int) -> dict:
+    """wall_clock with the threads that there are."""
     times = {(mode, most): [] for most in (1, 12) for mode in (None, "auto")}
     prompts = [judge.prompts[(r * 7) % len(judge.prompts)] for r in range(n)]
     for r in range(0, n, 15):
