@@ -10,7 +10,7 @@ from operator import is_
 
 import torch
 
-from nanochat.cpu_decode import DTYPES, MAX_ROWS, address, operator, plain
+from nanochat.cpu_decode import DTYPES, MAX_ROWS, PREDICTOR, address, operator, plain
 from nanochat.mamba_block import NORM_EPS
 
 # csrc/decode.cpp's struct Block: its words, and those that change from call to call
@@ -65,13 +65,15 @@ class BlockRun:
                 model.gate.c_fc.out_features])
         self.predictor = None
         if "predictor" in model._modules:
-            self.predictor = model.predictor, [place(model, f"predictor.{name}", torch.float32) for name in (
-                "c_in.weight", "c_mid.weight", "c_mid.bias", "out_weight", "out_bias")]
+            self.predictor = model.predictor, [place(model, f"predictor.{name}", torch.float32) for name in PREDICTOR]
+        self.found["h"] = model.transformer._modules, "h", self.blocks
+        for i, block in enumerate(self.blocks):
+            self.found[i] = self.blocks._modules, str(i), block
         self.table, self.head = place(model, "transformer.wte.weight"), place(model, "lm_head.weight")
         self.found, self.state = list(zip(*self.found.values())), self._state() if self.able else []
 
     def _state(self) -> list:
-        """Where the parameters lie that it has found; with another type or order they would lie elsewhere."""
+        """Where the parameters lie that it has found. (Another view of the same memory would not be noticed.)"""
         return list(map(torch.Tensor.data_ptr, self.parameters))
 
     def stale(self) -> bool:

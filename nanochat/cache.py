@@ -228,7 +228,7 @@ class MatryoshkaKVCache:
     the cache is given to hold goes through a block, all of it at once, when a later token reaches the block, and no deeper
     than its answer ever does.
 
-    The model's weights must stay where they are in memory for as long as the cache is used.
+    The model's weights must stay where they are in memory for as long as the cache is used, or until it is cleared.
     """
     def __init__(self, model, batch: int, length: int):
         c, dtype, device = model.config, model.compute_dtype, model.device
@@ -456,7 +456,7 @@ class MatryoshkaKVCache:
         self.pos, self._saved_pos = list(pos), list(pos)
 
     def clear(self) -> None:
-        """Holds nothing, as if it were new, and the model's weights may have moved."""
+        """Holds nothing, as if it were new: the model's weights may have moved since."""
         self.pos, self._saved_pos, self._prompt = [0] * len(self.pos), None, None
         self._forget()
         torch._foreach_zero_([memory for view in self.views for memory in view.clear()])

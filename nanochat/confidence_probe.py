@@ -127,10 +127,6 @@ class LayerDimPredictor(nn.Module):
         """Training begins: levels that growth appended gain a little, where no gradient would ever reach them before."""
         self.out_bias.masked_fill_(self.out_bias <= CLOSED / 2, self.ADMITTED)
 
-    def weights(self) -> tuple[torch.Tensor, ...]:
-        """All its parameters, in the order in which the compiled form takes them."""
-        return self.c_in.weight, self.c_mid.weight, self.c_mid.bias, self.out_weight, self.out_bias
-
     def flops(self, tokens: int) -> int:
         """Of one prompt."""
         return 2 * (tokens * self.c_in.weight.numel() + self.c_mid.weight.numel() + self.out_weight.numel())
@@ -364,11 +360,10 @@ def predict(model, idx: torch.Tensor, valid: torch.Tensor, budget) -> torch.Tens
     """The predictor's values (B, n_block, n_levels) for prompts idx (B, T), valid (B, T); budget: a number or (B,)."""
     c, table = model.config, model.transformer.wte.weight
     budget = torch.as_tensor(budget, dtype=torch.float32, device=idx.device).expand(len(idx))
-    control, weights = model.predictor, model.predictor.weights()
-    if cpu_decode.free(idx) and cpu_decode.serves_prompts(*map(int, idx.aminmax()), table, model.compute_dtype, weights):
-        return cpu_decode.predictor(weights, table, idx, valid, budget, control.BUMPS, c.d_ref, c.norm_eps, control.CAP)
+    if cpu_decode.serves_prompts(idx, table, model.compute_dtype, model.predictor):
+        return cpu_decode.predictor(model.predictor, table, idx, valid, budget, c.d_ref, c.norm_eps)
     e = norm(model.embed(model.transformer.wte, idx), c.d_ref, c.norm_eps).detach()
-    return control(e, valid, budget)
+    return model.predictor(e, valid, budget)
 
 
 def choose(values: torch.Tensor, levels: torch.Tensor, shares: torch.Tensor, price: float) -> torch.Tensor:
@@ -396,7 +391,7 @@ def calibrate_prices(model, prompts: list[list[int]], budgets: list[float]) -> l
     For each budget the price (see `choose`) at which the plans for these prompts cost that much on average: [[budget,
     price], ...]. A predictor alone meets a budget only about as well as its training asked for.
     """
-    (shares, floor), levels = level_shares(model), torch.tensor(model.config.levels)
+    (shares, floor), levels = level_shares(model), level_tensor(model)
     rest = floor - float(shares[:, 0].sum())
     idx, valid = pad(prompts, model.device)
     out = []
@@ -473,8 +468,8 @@ def pareto_path(points: list[tuple[tuple[float, float], float, float]], budgets=
     test does not use: behind full compute, for ever lower limits on the cost, the setting of least loss that keeps within
     (Pareto testing, Laufer-Goldshtein et al. 2022, arXiv 2210.07913). Of settings that lose alike, as nothing at all on few
     data, the one nearer to full compute in both respects: a path that leaps to the cheapest of these fails its first test.
-    For the same reason, where a step loses more than the setting it comes from, all of `budgets` that it leaves out come
-    between, at that setting's threshold.
+    For the same reason, where a step loses more than the setting it comes from, at no stricter threshold, all of `budgets`
+    that it leaves out come between, at that setting's threshold, but for those known to lose more than where it goes.
     """
     lost = {s: loss for s, loss, _ in points}
     grids = [sorted({s[k] for s, _, _ in points}, reverse=True) for k in (0, 1)]
@@ -488,9 +483,10 @@ def pareto_path(points: list[tuple[tuple[float, float], float, float]], budgets=
         if within and (best := min(within, key=key)[0]) not in path:
             (budget, threshold), last = best, path[-1]
             if threshold <= last[1] and lost[best] > lost.get(last, 0):
-                path += [(b, last[1]) for b in sorted(budgets, reverse=True) if budget < b < last[0]]
+                between = [(b, last[1]) for b in sorted(budgets, reverse=True) if budget < b < last[0]]
+                path += [s for s in between if s not in path and lost.get(s, 0) <= lost[best]]
             path.append(best)
-    return list(dict.fromkeys(path))
+    return path
 
 
 def tune(model, run, most: float) -> list[tuple[float, float]]:
@@ -499,7 +495,8 @@ def tune(model, run, most: float) -> list[tuple[float, float]]:
     second budget of the grid. A budget's thresholds are lowered until the mean loss exceeds `most`, budgets until even
     without exits it does.
     """
-    points, budgets = [], budget_grid(model)[::-2]
+    points, grid = [], budget_grid(model)
+    budgets = grid[::-2]
     progress = Progress("tuning", len(budgets) * len(TUNED), "settings")
     for budget in budgets:
         for threshold in TUNED:
@@ -510,7 +507,7 @@ def tune(model, run, most: float) -> list[tuple[float, float]]:
                 break
         if points[-1][0] == (budget, 1.0):
             break
-    return pareto_path(points, budget_grid(model))
+    return pareto_path(points, grid)
 
 
 def calibrate(losses_at, delta: float, epsilon: float, settings: list[tuple[float, float]]) -> tuple[dict, torch.Tensor]:

@@ -20,6 +20,7 @@ MAX_ROWS = 48
 _OPERATORS = {"norm": (2, 2, 2), "linear": (3, 5, 0), "head": (3, 5, 1), "mlp": (4, 6, 2), "attention": (16, 15, 2),
               "mamba": (15, 12, 1), "replay": (8, 9, 0), "predictor": (13, 7, 3), "blocks": (12, 8, 5),
               "greedy": (9, 2, 6)}
+PREDICTOR = "c_in.weight", "c_mid.weight", "c_mid.bias", "out_weight", "out_bias"  # the weights of that operator, in order
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -28,7 +29,7 @@ def _allowed() -> bool:
     return (not torch.compiler.is_compiling() and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"))
 
 
-def free(t: torch.Tensor) -> bool:
+def _free(t: torch.Tensor) -> bool:
     """Whether t is a plain tensor on a CPU, and nobody needs torch's own operators."""
     return type(t) is torch.Tensor and t.device.type == "cpu" and _allowed()
 
@@ -40,7 +41,7 @@ def plain(weight: torch.Tensor) -> bool:
 
 def serves(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Whether the operators take x (..., k) with these weights: on a CPU, no gradients, few rows, all of one dtype."""
-    return (free(x) and x.dtype in DTYPES and 0 < x.numel() <= MAX_ROWS * x.size(-1)
+    return (_free(x) and x.dtype in DTYPES and 0 < x.numel() <= MAX_ROWS * x.size(-1)
             and all(w.dtype == x.dtype and w.stride(-1) == 1 for w in weights) and library() is not None)
 
 
@@ -55,14 +56,11 @@ def serves_rows(n: int) -> bool:
     return _allowed() and 0 < n <= MAX_ROWS and library() is not None
 
 
-def serves_prompts(low: int, high: int, table: torch.Tensor, dtype: torch.dtype, weights: tuple) -> bool:
-    """
-    Whether `predictor` takes prompts of ids from low to high, the table of their embeddings, used in this dtype, and
-    LayerDimPredictor.weights.
-    """
-    return (_allowed() and dtype in DTYPES and table.dtype == dtype and plain(table)
-            and all(plain(w) and w.dtype == torch.float32 for w in weights)
-            and 0 <= low <= high < len(table) and library() is not None)
+def serves_prompts(idx: torch.Tensor, table: torch.Tensor, dtype: torch.dtype, control) -> bool:
+    """Whether `predictor` takes prompts idx (B, T), the table of their embeddings, used in this dtype, and the control."""
+    return (_free(idx) and idx.dtype == torch.int64 and dtype in DTYPES and table.dtype == dtype and plain(table)
+            and all(plain(w) and w.dtype == torch.float32 for w in control.parameters())
+            and 0 <= int(idx.min()) <= int(idx.max()) < len(table) and library() is not None)
 
 
 @functools.cache
@@ -166,18 +164,19 @@ def replay(mixer, xBC_dt: torch.Tensor, state, counts: torch.Tensor) -> None:
         ssm.stride(0))
 
 
-def predictor(weights: tuple, table: torch.Tensor, idx: torch.Tensor, valid: torch.Tensor, budget: torch.Tensor, bumps: int,
-              d_ref: int, eps: float, cap: float) -> torch.Tensor:
+def predictor(control, table: torch.Tensor, idx: torch.Tensor, valid: torch.Tensor, budget: torch.Tensor, d_ref: int,
+              eps: float) -> torch.Tensor:
     """
-    The values (B, n_block, n_levels) of confidence_probe.LayerDimPredictor with these weights, BUMPS and CAP, for prompts
-    idx (B, T) int64, valid (B, T) bool, whose embeddings are rows of `table`, in one call; budget (B,) fp32.
+    confidence_probe.LayerDimPredictor's values (B, n_block, n_levels) for prompts idx (B, T) int64, valid (B, T) bool, whose
+    embeddings are rows of `table`, in one call; budget (B,) fp32.
     """
-    n_block, gains, hidden = weights[3].shape
-    idx, valid, budget = idx.long().contiguous(), valid.contiguous(), budget.contiguous()
-    values = budget.new_empty(len(idx), n_block, gains + 1)
+    n_block, gains, hidden = control.out_weight.shape
+    idx, valid, budget = idx.contiguous(), valid.contiguous(), budget.contiguous()
+    values, weights = budget.new_empty(len(idx), n_block, gains + 1), dict(control.named_parameters())
     operator("predictor", table.dtype)(
-        idx.data_ptr(), valid.data_ptr(), table.data_ptr(), *(w.data_ptr() for w in weights), budget.data_ptr(),
-        values.data_ptr(), None, None, None, *idx.shape, table.size(1), hidden, bumps, n_block, gains, d_ref, eps, cap)
+        idx.data_ptr(), valid.data_ptr(), table.data_ptr(), *(weights[name].data_ptr() for name in PREDICTOR),
+        budget.data_ptr(), values.data_ptr(), None, None, None, *idx.shape, table.size(1), hidden, control.BUMPS, n_block,
+        gains, d_ref, eps, control.CAP)
     return values
 
 

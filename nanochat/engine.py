@@ -265,7 +265,7 @@ class Engine:
             self.traces[live[0]].steps += ahead  # of a token that ends the row
             ahead.clear()
             if not stay:
-                self._spare = cache if n == 1 else None
+                self._spare = cache if n == 1 and device.type == "cpu" else None
                 return
             with torch.inference_mode():
                 if len(stay) < len(live):
@@ -294,15 +294,17 @@ class Engine:
 
     def _cache(self, rows: int, length: int, device) -> MatryoshkaKVCache:
         """
-        An empty cache: for a single row on a CPU that of the last answer, if it is long enough, since a new one takes as
-        long as a token of a small model. While an answer is being made its cache belongs to nobody else.
+        An empty cache: for a single row on a CPU that of the last answer, if it fits (and is not many times too long: it is
+        zeroed), since a new one takes as long as a token of a small model. While an answer is being made its cache belongs
+        to nobody else.
         """
         spare, self._spare = self._spare, None
-        if (rows > 1 or spare is None or spare.length < length or spare.device.type != "cpu" or spare.device != device
-                or spare.dtype != self.model.compute_dtype):
-            return MatryoshkaKVCache(self.model, rows, length)
-        spare.clear()
-        return spare
+        if (rows == 1 and spare is not None and length <= spare.length <= max(4 * length, 256)
+                and (spare.model, spare.device, spare.dtype) == (self.model, device, self.model.compute_dtype)):
+            spare.clear()
+            return spare
+        del spare  # before there is another
+        return MatryoshkaKVCache(self.model, rows, length)
 
     def _prefill(self, texts: list[list[int]], widths, cache) -> torch.Tensor:
         """Runs the texts, of different lengths, into the cache; the hidden states (B, T, D)."""

@@ -361,7 +361,8 @@ def test_an_engine_answers_as_a_new_one_would(monkeypatch):
         return engine.generate(prompt, n, control=control, **options)
     engine, long, short = Engine(model, None), list(range(20, 60)), [7, 8, 9]
     cases = [(long, {}), (short, {"mode": "auto"}), (long, {"mode": "auto"}), (short, {"mode": "ghost"}),
-             (short, {"depth": 1}), (long, {"lossless": True}), (short, {"temperature": 1.0, "seed": 3}), (short, {})]
+             (short, {"depth": 1}), (long, {"lossless": True, "draft": 3}), (short, {"temperature": 1.0, "seed": 3}),
+             (short, {})]
     for prompt, options in cases:
         assert list(ask(engine, prompt, **options)) == list(ask(Engine(model, None), prompt, **options))
     assert len(made) == 1 + len(cases)  # the engine made one
@@ -372,9 +373,12 @@ def test_an_engine_answers_as_a_new_one_would(monkeypatch):
     got = [next(first), next(second), *first]
     assert got[:1] + got[2:] == want and [got[1], *second] == list(ask(Engine(model, None), long))
 
-    model.transformer.h[0].mlp = model.transformer.h[1].mlp
-    changed = list(ask(engine, short))
-    assert changed == list(ask(Engine(model, None), short)) != want
+    h = model.transformer.h
+    for owner, name, other in ((h[0], "mlp", h[1].mlp), (h, "3", h[1])):
+        setattr(owner, name, other)
+        changed = list(ask(engine, short))
+        assert changed == list(ask(Engine(model, None), short)) != want
+        want = changed
     prepare_inference(model, "cpu", torch.bfloat16)
     assert list(ask(engine, short)) == list(ask(Engine(model, None), short))
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import randomize
 
 from nanochat.confidence_probe import Controls
 from nanochat.engine import Engine, prepare_inference
@@ -125,6 +126,18 @@ def test_two_processes_train_as_one(encoder):
             torch.testing.assert_close(a, b, atol=5e-4, rtol=0)
             moved += bool((a - c).abs().max() > 2e-3)
     assert moved >= 12  # the writers into the residual stream, zero until now; the rest gets gradient from here on
+
+
+def test_the_gate_in_pieces_is_the_gate_in_one(encoder, monkeypatch):
+    model = randomize(run.make_model(encoder, 0))
+    judge, seen = run.Judge(model, encoder, draw_many(0, 30, "test")), []
+    for piece in (7, 1000):
+        monkeypatch.setattr(run.Judge, "PIECE", piece)
+        seen.append(run.examine_gate(judge, 0.8, []))
+    for name in ("loss", "brier", "rate", "ece"):
+        assert seen[0][name] == pytest.approx(seen[1][name], rel=1e-4)
+    assert sum(seen[0]["confusion"].values()) == sum(seen[1]["confusion"].values()) > 100
+    assert 0 < seen[0]["rate"] < 1
 
 
 def test_every_part_runs_and_reports(tmp_path, monkeypatch, capsys):

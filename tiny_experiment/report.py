@@ -134,7 +134,7 @@ def markdown(report: dict) -> str:
     lines += ["", f"FLOPs saved on generated tokens {100 * report['flops_saved']:.1f} %, on prompt and answer together "
               f"{100 * report['flops_saved_prompt_and_answer']:.1f} %. At batch 1 an answer of one token takes "
               f"{wall[0]:.2f} ms and the other tokens {wall[1]:.2f} more, adaptive {wall[2]:.2f} and {wall[3]:.2f} ms. With "
-              f"one thread whole answers are {mean(r['wall']['one_thread'] for r in runs):.2f}x as fast.", "",
+              f"one thread whole answers are {mean(r['wall']['one_thread'] for r in runs):.2f}x as fast adaptively.", "",
               "## The gate", "",
               "| seed | loss | Brier | base rate's | ECE | budget | threshold | observed risk | p |",
               "|---|---|---|---|---|---|---|---|---|"]

@@ -31,6 +31,7 @@ from nanochat.confidence_probe import (
     fixed_sequence,
     tune,
 )
+from nanochat.cpu_decode import MAX_ROWS
 from nanochat.distributed import reduce_whole
 from nanochat.engine import Engine, Trace, prepare_inference
 from nanochat.hybrid_gpt import HybridConfig
@@ -268,7 +269,7 @@ class Judge:
             torch.set_num_threads(threads)
 
     def _pass(self, rows, t, widths, depth, control, extra) -> dict:
-        """Likewise for some of the instances, whose texts end by position t."""
+        """`__call__` for some of the instances, whose texts end by position t."""
         model, n_block = self.model, self.model.config.n_block
         x, y, behind, at = (tensor[rows, :t] for tensor in (self.x, self.y, self.behind, self.answer))
         row, place = at.nonzero(as_tuple=True)
@@ -377,12 +378,12 @@ def examine_gate(judge: Judge, budget: float, prices: list) -> dict:
                           "stay, and should": int((~said & (label == 0)).sum())}}
 
 
-def generate_all(engine: Engine, judge: Judge, encoder: Encoder, rows: int = 48, **options) -> tuple[list[str], list[Trace]]:
-    """Greedy answers by decoding, in batches of like length, and their traces."""
+def generate_all(engine: Engine, judge: Judge, encoder: Encoder, **options) -> tuple[list[str], list[Trace]]:
+    """Greedy answers by decoding, in batches of like length that compiled blocks take, and their traces."""
     by_length = sorted(range(len(judge.prompts)), key=lambda r: len(judge.prompts[r]))
     answers, traces = ([None] * len(by_length) for _ in range(2))
-    for i in range(0, len(by_length), rows):
-        some = by_length[i:i + rows]
+    for i in range(0, len(by_length), MAX_ROWS):
+        some = by_length[i:i + MAX_ROWS]
         out = engine.answers([judge.prompts[r] for r in some], 12, temperature=0, stop=(encoder.end,), **options)
         for r, ids, trace in zip(some, out, engine.traces, strict=True):
             answers[r], traces[r] = encoder.tokenizer.decode(ids), trace
@@ -405,16 +406,16 @@ def wall_clock(engine: Engine, judge: Judge, encoder: Encoder, n: int) -> dict:
     an answer of one token, and of what a whole answer takes beyond that; and full over adaptive, of the whole answers and of
     what lies behind the first token; of the whole answers with one thread, too.
     """
-    wall, threads = clock(engine, judge, encoder, n), torch.get_num_threads()
+    wall, threads = time_answers(engine, judge, encoder, n), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return wall | {"one_thread": clock(engine, judge, encoder, n)["whole_speedup"]}
+        return wall | {"one_thread": time_answers(engine, judge, encoder, n)["whole_speedup"]}
     finally:
         torch.set_num_threads(threads)
 
 
-def clock(engine: Engine, judge: Judge, encoder: Encoder, n: int) -> dict:
-    """wall_clock with the threads that there are."""
+def time_answers(engine: Engine, judge: Judge, encoder: Encoder, n: int) -> dict:
+    """`wall_clock` with torch's present number of threads."""
     times = {(mode, most): [] for most in (1, 12) for mode in (None, "auto")}
     prompts = [judge.prompts[(r * 7) % len(judge.prompts)] for r in range(n)]
     for r in range(0, n, 15):

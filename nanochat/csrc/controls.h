@@ -28,9 +28,9 @@ float confidence(const Gate& gate, int64_t point, const T* x, int64_t D, float d
         second = std::max(second, std::min(first, u[j]));
         first = std::max(first, u[j]);
     }
-    map(gate.hidden, u, wide, [&](vec x, int64_t) { return exp(x - first); });
-    float total = 0;
-    for (int64_t j = 0; j < gate.hidden; j++) total += wide[j];
+    float *e = wide, total = 0;     // the state is no longer needed
+    map(gate.hidden, u, e, [&](vec unit, int64_t) { return exp(unit - first); });
+    for (int64_t j = 0; j < gate.hidden; j++) total += e[j];
     const float likeliest = std::min(-std::log(total), -1e-6f);
     const float *w = gate.proj + point * (PEAK + gate.hidden);
     float logit = gate.bias[point] + w[0] * likeliest + w[1] * std::log(-std::expm1(likeliest)) + w[2] * (first - second);
