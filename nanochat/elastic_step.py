@@ -12,6 +12,7 @@ from nanochat.common import get_rank
 from nanochat.confidence_probe import gumbel_temperature
 from nanochat.distributed import all_sum
 from nanochat.loss_eval import (
+    EXIT_WEIGHT,
     PROBED,
     Student,
     controls_backward,
@@ -47,18 +48,19 @@ class ElasticStep:
     Called with (step, x, y, share) for each pass: backpropagates, and returns its part of the step's losses. recipe: None
     (the full pass alone), one of RECIPES, or 'controls value' or 'controls gumbel' (predictor and gate alone; how the
     predictor learns). sample: sampled widths and exits instead of each level in turn. levels: the widths that students learn
-    (None: all). steps: of the run. draft_exit: also a student of full width that leaves after so many blocks. exits: the
-    full pass of a recipe also learns to answer at the exit points (loss_eval.exit_loss). A narrow pass that has a teacher
-    learns half from it and half from the text, a draft all from it. Losses by width: 'narrow_' and, where only some rows
-    are in the full pass, 'loss_'; 'loss' is then the mean over all rows.
+    (None: all). steps: of the run. draft_exit: also a student of full width that leaves after so many blocks. exit_weight:
+    how much a recipe's full pass also learns to answer at the exit points (loss_eval.exit_loss). A narrow pass that has a
+    teacher learns half from it and half from the text, a draft all from it. Losses by width: 'narrow_' and, where only some
+    rows are in the full pass, 'loss_'; 'loss' is then the mean over all rows.
     """
     def __init__(self, model, seed: int, steps: int, recipe: str | None, sample: bool = True, levels=None,
-                 student_every: int = 4, energy_weight: float = 1.0, draft_exit: int | None = None, exits: bool = True):
+                 student_every: int = 4, energy_weight: float = 1.0, draft_exit: int | None = None,
+                 exit_weight: float = EXIT_WEIGHT):
         assert draft_exit is None or recipe is None or recipe in TAUGHT, "drafts have a teacher"
         self.model, self.seed, self.steps, self.recipe, self.sample = model, seed, steps, recipe, sample
         self.levels, self.every, self.energy_weight = levels or model.config.levels, student_every, energy_weight
         self.draft_exit, self._flops, self._looking, self._head = draft_exit, {}, None, model.cost()["head"].flops
-        self.exits = exits and bool(model.config.exit_points)  # a single pair of blocks has none
+        self.exit_weight = exit_weight if model.config.exit_points else 0.0  # a single pair of blocks has none
         self.context = (model.config.sequence_len + 1) / 2  # of a token, on average
 
     def __call__(self, step: int, x: torch.Tensor, y: torch.Tensor, share: Share) -> dict:
@@ -103,17 +105,18 @@ class ElasticStep:
                 at = tokens_of_rows(y >= 0, PROBED, g, rank, world)
                 x1, y1, here = x[:whole], y[:whole], at[at < whole * T]
                 own, probed = weight * int((y1 >= 0).sum()), share.probed * len(here) / max(1, len(at))
-                losses = matryoshka_backward(model, x1, y1, [], own, exit_at=here if self.exits else None, at_scale=probed)
+                losses = matryoshka_backward(model, x1, y1, [], own, exit_at=here if self.exit_weight else None,
+                                             at_scale=probed, exit_weight=self.exit_weight)
                 out["flops"] += self.flops(None, x1.numel()) + self.exit_flops(len(here))
                 out["loss"] += note(f"loss_{config.top_width}", losses["loss"], own)
-                if self.exits:
+                if self.exit_weight:
                     note("exits", losses["exits"], probed)
             return out
         at = tokens_of_rows(y >= 0, PROBED, g, rank, world)
         students = self._students(step, rows, T, splits, g, rank, world) + drafts
         by_width = {}
         losses = matryoshka_backward(model, x, y, students, share.tokens, at if config.exit_points else None,
-                                     at if self.exits else None, share.probed, by_width)
+                                     at if self.exit_weight else None, share.probed, by_width, self.exit_weight)
         weights = {"gate": share.probed, "exits": share.probed}
         out = {k: v * weights.get(k, share.tokens) for k, v in losses.items()}
         for width, (loss, weight) in by_width.items():
@@ -144,7 +147,7 @@ class ElasticStep:
 
     def exit_flops(self, tokens: int) -> float:
         """Of what so many tokens answer at the exit points, forward and backward, and of the answers they learn from."""
-        if not self.exits:
+        if not self.exit_weight:
             return 0.0
         each = (3 + self.model.lm_head.weight.requires_grad) * self._head
         return each * len(self.model.config.exit_points) * tokens

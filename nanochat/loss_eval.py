@@ -27,7 +27,7 @@ from nanochat.matryoshka import cost_table, energy, expand_from, norm, sample_ex
 
 CHUNK = 256  # tokens; their fp32 logits for 8192 classes are 8 MB, which stays in a CPU's last-level cache
 ANSWER = 3  # tokens, for which the predictor's values of levels hold
-EXIT_WEIGHT = 0.5  # of exit_loss beside the full pass's cross-entropy
+EXIT_WEIGHT = 0.5  # of exit_loss beside the full pass's cross-entropy, unless another one is asked for
 PROBED = 16  # tokens of a row that gate and exits learn from in a pass (`python -m scripts.bench train`: what that costs)
 
 
@@ -196,14 +196,15 @@ def sample_students(config, rows: int, T: int, starts: torch.Tensor, generator: 
 
 def matryoshka_backward(model, x, y, students: list[Student], scale: float,
                         gate_at: torch.Tensor | None = None, exit_at: torch.Tensor | None = None,
-                        at_scale: float | None = None, by_width: dict | None = None) -> dict[str, torch.Tensor]:
+                        at_scale: float | None = None, by_width: dict | None = None,
+                        exit_weight: float = EXIT_WEIGHT) -> dict[str, torch.Tensor]:
     """
     One training step's losses (DESIGN 8), backward included, each multiplied by `scale`: cross-entropy of the full
     pass (the teacher), then the KL of each student's narrow pass to the teacher's detached distribution, or a mixture of
     that and the text (Student.text), averaged over the supervised tokens of all students. The teacher's graph is freed
     before a student's is built. gate_at: flat indices into (B, T) of supervised tokens; the gate learns from the teacher
     pass at these. exit_at: likewise; at these the full pass also learns to answer at every exit point (exit_loss, times
-    EXIT_WEIGHT). at_scale: what these two losses are multiplied by instead (None: scale). by_width: is filled with label ->
+    exit_weight). at_scale: what these two losses are multiplied by instead (None: scale). by_width: is filled with label ->
     [the students' loss times what it was multiplied by, that factor], both summed. Returns the losses, detached: 'loss',
     'exits', 'narrow', 'gate'.
     """
@@ -221,7 +222,7 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
     if leaving is not None:
         at_exits = exit_loss(model, leaving, teacher, y)
         out["exits"] = at_exits.detach()
-        whole = whole + EXIT_WEIGHT * at_scale * at_exits
+        whole = whole + exit_weight * at_scale * at_exits
     whole.backward()
     counts = [s.counts * int((y[s.start:s.stop] >= 0).sum()) for s in students]
     for s, count in zip(students, counts):

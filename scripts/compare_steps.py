@@ -17,16 +17,18 @@ from dataclasses import replace
 from nanochat.common import cli, print0
 from nanochat.elastic_step import TAUGHT, ElasticStep
 from nanochat.hybrid_gpt import HybridConfig
+from nanochat.loss_eval import EXIT_WEIGHT
 from nanochat.stages import set_trained
 from nanochat.surgery import insert
 from nanochat.training import Share, set_rates
 from scripts.compare_surgery import T, Text, fresh_model, optimizers_of, small_base, train, write
 
 WHOLE = Share(1.0, 1.0, 1.0)  # a step is one pass of one process
-# name: recipe, --student-every, and whether full passes learn to answer at the exit points
-KINDS = {"full passes only": (None, 1, False), "both": ("both", 1, True), "every 2nd step": ("every", 2, True),
-         "every 4th step": ("every", 4, True), "half": ("half", 1, True), "lean": ("lean", 1, True),
-         "lean, exits untaught": ("lean", 1, False), "split": ("split", 1, True), "single": ("single", 1, False)}
+# name: recipe, --student-every, --exit-weight
+KINDS = {"full passes only": (None, 1, 0.0), "both": ("both", 1, EXIT_WEIGHT), "every 2nd step": ("every", 2, EXIT_WEIGHT),
+         "every 4th step": ("every", 4, EXIT_WEIGHT), "half": ("half", 1, EXIT_WEIGHT), "lean": ("lean", 1, EXIT_WEIGHT),
+         "lean, exits at 0.1": ("lean", 1, 0.1), "lean, exits untaught": ("lean", 1, 0.0),
+         "split": ("split", 1, EXIT_WEIGHT), "single": ("single", 1, 0.0)}
 
 
 def compare(args) -> dict:
@@ -42,13 +44,13 @@ def compare(args) -> dict:
         if args.phase == "stage 1":
             start = insert(start, seed)
         print0(f"seed {seed}: {start.num_params()['total']:,} parameters, {before:.4f} bits/byte after {args.steps} steps")
-        for name, (recipe, every, exits) in KINDS.items():
+        for name, (recipe, every, exit_weight) in KINDS.items():
             if args.kinds and name not in args.kinds:
                 continue
             model, t0 = copy.deepcopy(start), time.perf_counter()
             set_trained(model, args.phase, gate=recipe in TAUGHT)
             spent, steps = 0.0, 0
-            backward = ElasticStep(model, seed, args.more_steps, recipe, student_every=every, exits=exits)
+            backward = ElasticStep(model, seed, args.more_steps, recipe, student_every=every, exit_weight=exit_weight)
             total = args.more_steps * backward.flops(None, args.rows * T)
             opts = optimizers_of(model, args.lr_scale)
             while spent < total:

@@ -28,7 +28,7 @@ from nanochat.common import cli, get_base_dir, get_rank, print0
 from nanochat.confidence_probe import budget_grid, by_frequency, calibrate_prices
 from nanochat.dataloader import DataLoader
 from nanochat.elastic_step import DEFAULT_RECIPE, RECIPES, TAUGHT, ElasticStep
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import EXIT_WEIGHT, evaluate_bpb
 from nanochat.mixture import default_data, prepare_mixture
 from nanochat.optim import setup_optimizers, state_bytes
 from nanochat.training import Run, add_training_args, check_rate, derive_batch, flag
@@ -78,6 +78,10 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
     p.add_argument("--draft-exit", type=int, default=None, metavar="BLOCKS",
                    help="also teach the full width what the whole model says already after so many blocks: good drafts "
                         "for lossless decoding")
+    p.add_argument("--exit-weight", type=float, default=EXIT_WEIGHT,
+                   help="with --matryoshka: weight of answering at the exit points beside the full pass's cross-entropy; "
+                        "less is better for whole passes and worse for early exits, 0 leaves exits to narrow passes "
+                        f"(default: {EXIT_WEIGHT})")
     p.add_argument("--controls", action="store_true",
                    help="train the predictor and the gate alone, for mode auto, and leave the model as it is")
     p.add_argument("--predictor", choices=["value", "gumbel"], default="value",
@@ -114,7 +118,7 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
         raise ValueError(f"--student-every is {args.student_every}; it must be at least 1")
     if args.lr_scale is None:
         args.lr_scale = 0.3 if args.unfreeze else 1.0
-    for name in ("lr_scale", "energy_lambda"):
+    for name in ("lr_scale", "energy_lambda", "exit_weight"):
         check_rate(args, name)
     return args, given
 
@@ -161,7 +165,9 @@ def say_without_effect(given: set[str], args, phase: str, groups: set[str]) -> N
     if phase == "controls":
         idle["lr_scale"] = "the controls have a rate of their own"
     if not args.matryoshka:
-        idle |= dict.fromkeys(("dim_levels", "recipe"), "it is for --matryoshka")
+        idle |= dict.fromkeys(("dim_levels", "recipe", "exit_weight"), "it is for --matryoshka")
+    if args.recipe == "single":
+        idle["exit_weight"] = "--recipe single has no full pass"
     if args.recipe != "every":
         idle["student_every"] = "it is for --recipe every"
     for name in sorted(given & idle.keys()):
@@ -253,7 +259,7 @@ def main(argv=None):
     else:
         recipe = f"controls {args.predictor}" if args.controls else args.recipe if args.matryoshka else None
         step = ElasticStep(model, args.seed, args.num_iterations, recipe, args.sample_dim, levels, args.student_every,
-                           args.energy_lambda, args.draft_exit)
+                           args.energy_lambda, args.draft_exit, args.exit_weight)
         figures = run.train(model, optimizers, tokenizer, data, step, evaluate, passes, T, data_from=info.get("loader"))
     if run.finished and distributed.everyone(is_export_of(folder, run.start, source))[0]:
         distributed.leave()  # what was added to it since, such as a calibration, stays

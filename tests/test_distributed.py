@@ -160,6 +160,21 @@ def test_what_the_narrow_half_learns(recipe, monkeypatch):
     assert float(losses["narrow_8"]) == pytest.approx(float(want) / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("recipe", ["lean", "both"])
+def test_exits_weigh_what_is_asked_for(recipe):
+    model = ranks.start_model("unfrozen")[0]
+    stages.set_trained(model, "unfrozen", gate=recipe == "both")
+    x, got = torch.randint(64, (4, ranks.T), generator=torch.Generator().manual_seed(1)), []
+    for weight in (0.0, 0.1, 0.3):
+        model.zero_grad()
+        losses = ElasticStep(model, 5, 9, recipe, exit_weight=weight)(0, x, x.roll(-1, 1), Share(1.0, 1.0, 1.0))
+        assert ("exits" in losses) == bool(weight)
+        got.append(model.transformer.h[0].mlp.c_fc.weight.grad.clone())
+    none, some, more = got
+    torch.testing.assert_close(more - none, 3 * (some - none), atol=1e-6, rtol=1e-3)
+    assert float((some - none).norm()) > 1e-3 * float(none.norm())
+
+
 def test_a_narrow_pass_of_all_rows_learns_from_text_and_teacher():
     """Recipe both, each level in turn; and a draft, which learns from the teacher alone."""
     model = ranks.start_model("unfrozen")[0]
@@ -485,10 +500,10 @@ def test_stages_are_known_by_where_a_checkpoint_comes_from(home, cwd, capsys):
     short = ["--num-iterations", "1", "--data", str(home / "docs"), "--device-batch-size", "2", "--total-batch-size", "64",
              "--eval-tokens", "64", "--checkpoint"]
     fractal_train.main([*short, str(cwd / "hybrid_checkpoints/t_32"), "--energy-lambda", "2", "--unembedding-lr", "0.1",
-                        "--recipe", "half", "--student-every", "3"])
+                        "--recipe", "half", "--student-every", "3", "--exit-weight", "0.1"])
     out = capsys.readouterr().out
     assert "stage 1, by the checkpoint's provenance" in out and "less than if everything were trained" in out
-    for flag in ("--energy-lambda", "--unembedding-lr", "--recipe", "--student-every"):
+    for flag in ("--energy-lambda", "--unembedding-lr", "--recipe", "--student-every", "--exit-weight"):
         assert f"note: {flag} has no effect in phase stage 1" in out
     surgery.main(["--expand-from=32", "--new-dim=48", "--tag", "t"])
     grown = cwd / "hybrid_checkpoints/t_48"

@@ -101,11 +101,12 @@ def test_step_is_teacher_plus_mean_of_students(hybrid, tokens):
         torch.testing.assert_close(got[n], p.grad, atol=2e-6, rtol=2e-3)
 
 
-def test_the_full_pass_learns_to_answer_at_its_exits(hybrid, tokens):
+@pytest.mark.parametrize("weight", [EXIT_WEIGHT, 0.1])
+def test_the_full_pass_learns_to_answer_at_its_exits(hybrid, tokens, weight):
     """As if it had been run once for each exit point, with all tokens leaving there."""
     x, y = tokens[:, :-1], tokens[:, 1:]
     at = torch.tensor([0, 3, 7, x.numel() - 1])
-    out = matryoshka_backward(hybrid, x, y, [], 0.5, exit_at=at, at_scale=0.25)
+    out = matryoshka_backward(hybrid, x, y, [], 0.5, exit_at=at, at_scale=0.25, exit_weight=weight)
     got = {n: p.grad.clone() for n, p in language_parameters(hybrid).items()}
     hybrid.zero_grad()
     full, targets = hybrid(x), y.flatten()
@@ -115,7 +116,7 @@ def test_the_full_pass_learns_to_answer_at_its_exits(hybrid, tokens):
         p = torch.log_softmax(hybrid(x, exits=torch.full(x.shape, depth)), -1).flatten(0, 1)[at]
         parts.append((F.nll_loss(p, targets[at]) + F.kl_div(p, q, log_target=True, reduction="batchmean")) / 2)
     want = sum(parts) / len(parts)
-    (0.5 * F.cross_entropy(full.flatten(0, 1), targets) + 0.25 * EXIT_WEIGHT * want).backward()
+    (0.5 * F.cross_entropy(full.flatten(0, 1), targets) + 0.25 * weight * want).backward()
     assert float(out["exits"]) == pytest.approx(want.item(), rel=1e-5)
     for n, p in language_parameters(hybrid).items():
         torch.testing.assert_close(got[n], p.grad, atol=2e-6, rtol=2e-3)
