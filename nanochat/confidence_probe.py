@@ -462,14 +462,14 @@ def fixed_sequence(losses: torch.Tensor, delta: float, epsilon: float) -> tuple[
     return len(values) - 1, values
 
 
-def pareto_path(points: list[tuple[tuple[float, float], float, float]], budgets=()) -> list[tuple[float, float]]:
+def pareto_path(points: list[tuple[tuple[float, float], float, float]]) -> list[tuple[float, float]]:
     """
     The order in which to test settings (budget, exit threshold), from (setting, loss, cost) of each on tuning data that the
     test does not use: behind full compute, for ever lower limits on the cost, the setting of least loss that keeps within
     (Pareto testing, Laufer-Goldshtein et al. 2022, arXiv 2210.07913). Of settings that lose alike, as nothing at all on few
     data, the one nearer to full compute in both respects: a path that leaps to the cheapest of these fails its first test.
-    For the same reason, where a step loses more than the setting it comes from, at no stricter threshold, all of `budgets`
-    that it leaves out come between, at that setting's threshold, but for those known to lose more than where it goes.
+    For the same reason, where a step loses more than the setting it comes from, at no stricter threshold, the budgets that
+    it leaves out come between, at that setting's threshold, but for those that lose more than where it goes.
     """
     lost = {s: loss for s, loss, _ in points}
     grids = [sorted({s[k] for s, _, _ in points}, reverse=True) for k in (0, 1)]
@@ -483,20 +483,18 @@ def pareto_path(points: list[tuple[tuple[float, float], float, float]], budgets=
         if within and (best := min(within, key=key)[0]) not in path:
             (budget, threshold), last = best, path[-1]
             if threshold <= last[1] and lost[best] > lost.get(last, 0):
-                between = [(b, last[1]) for b in sorted(budgets, reverse=True) if budget < b < last[0]]
-                path += [s for s in between if s not in path and lost.get(s, 0) <= lost[best]]
+                between = [(b, last[1]) for b in grids[0] if budget < b < last[0]]
+                path += [s for s in between if s not in path and lost.get(s, math.inf) <= lost[best]]
             path.append(best)
     return path
 
 
 def tune(model, run, most: float) -> list[tuple[float, float]]:
     """
-    The path of settings to test, from tuning data: run(budget, exit threshold) -> (losses (n,), FLOPs) of them, for every
-    second budget of the grid. A budget's thresholds are lowered until the mean loss exceeds `most`, budgets until even
-    without exits it does.
+    The path of settings to test, from tuning data: run(budget, exit threshold) -> (losses (n,), FLOPs) of them. A budget's
+    thresholds are lowered until the mean loss exceeds `most`, budgets until even without exits it does.
     """
-    points, grid = [], budget_grid(model)
-    budgets = grid[::-2]
+    points, budgets = [], budget_grid(model)[::-1]
     progress = Progress("tuning", len(budgets) * len(TUNED), "settings")
     for budget in budgets:
         for threshold in TUNED:
@@ -507,7 +505,7 @@ def tune(model, run, most: float) -> list[tuple[float, float]]:
                 break
         if points[-1][0] == (budget, 1.0):
             break
-    return pareto_path(points, grid)
+    return pareto_path(points)
 
 
 def calibrate(losses_at, delta: float, epsilon: float, settings: list[tuple[float, float]]) -> tuple[dict, torch.Tensor]:

@@ -518,12 +518,11 @@ def test_settings_are_tested_from_the_dearest_on_and_only_if_nothing_beats_them(
 
 
 def test_budgets_that_a_riskier_step_leaves_out_come_between():
-    points = [((1.0, 1.0), 0.0, 100), ((0.8, 0.9), 0.0, 80), ((0.5, 0.9), 0.01, 45), ((0.5, 0.7), 0.01, 40),
-              ((0.2, 0.7), 0.01, 20), ((0.1, 0.9), 0.02, 10)]
-    tenths = [i / 10 for i in range(1, 11)]
-    safe = [(1.0, 1.0), (0.8, 0.9)]  # nothing lost on the way to it
-    leap = [(0.7, 0.9), (0.6, 0.9), (0.5, 0.9), (0.5, 0.7), (0.2, 0.7)]  # no riskier further on
-    assert pareto_path(points, tenths) == [*safe, *leap, (0.1, 0.9)]  # stricter in the other respect
+    steps = [((1.0, 1.0), 0.0, 100), ((0.8, 0.9), 0.0, 80), ((0.5, 0.9), 0.01, 45), ((0.2, 0.9), 0.01, 20),
+             ((0.1, 1.0), 0.02, 10)]
+    others = [((0.9, 1.0), 0.0, 97), ((0.7, 0.9), 0.01, 79), ((0.6, 0.9), 0.02, 62), ((0.3, 0.9), 0.01, 45),
+              ((0.15, 0.9), 0.02, 19)]  # nothing lost; between; too risky; no more lost; a stricter threshold
+    assert pareto_path(steps + others) == [(1.0, 1.0), (0.8, 0.9), (0.7, 0.9), (0.5, 0.9), (0.2, 0.9), (0.1, 1.0)]
 
 
 def test_where_nothing_is_lost_the_path_does_not_leap():
@@ -543,13 +542,13 @@ def test_tuning_stops_lowering_a_threshold_where_too_much_is_lost(hybrid):
         return torch.full((4,), 1 - threshold), budget * threshold
     path = tune(hybrid, run, 0.05)
     grid = budget_grid(hybrid)
-    assert path[0] == (1.0, 1.0) == seen[0] and {b for b, _ in seen} == set(grid[1::2])
+    assert path[0] == (1.0, 1.0) == seen[0] and {b for b, _ in seen} == set(grid)
     assert min(t for _, t in seen) == max(t for t in TUNED if 1 - t > 0.05)
     costs = [b * t for b, t in path[1:]]
     assert costs == sorted(costs, reverse=True)
     seen.clear()
     assert tune(hybrid, lambda b, t: (seen.append((b, t)), (torch.tensor([float(b < grid[6])]), b * t))[1], 0.05)
-    assert {b for b, _ in seen} == set(grid[5::2]) and (grid[5], TUNED[1]) not in seen  # behind what fails without any exit
+    assert {b for b, _ in seen} == set(grid[5:]) and (grid[5], TUNED[1]) not in seen  # behind what fails without any exit
 
 
 def test_nothing_safe_is_said_so():
