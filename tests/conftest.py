@@ -7,6 +7,17 @@ from nanochat.gpt import GPTConfig
 from nanochat.hybrid_gpt import HybridConfig
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: runs with --all"))
+
+
 def randomize(model, seed=0):
     """Initialises, then fills what init_weights leaves at zero, at a scale that keeps activations of order one."""
     torch.manual_seed(seed)
