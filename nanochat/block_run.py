@@ -12,6 +12,7 @@ import torch
 
 from nanochat.cpu_decode import DTYPES, MAX_ROWS, PREDICTOR, address, operator, plain
 from nanochat.mamba_block import NORM_EPS
+from nanochat.sampling import NOT_FINITE
 
 # csrc/decode.cpp's struct Block: its words, and those that change from call to call
 WORDS, LEVEL, KEYS, HEADS, PROJECTED = 26, 1, 10, 12, 21
@@ -158,6 +159,8 @@ class BlockRun:
             None if bar is None else address(self.gate), address(reached), address(sure), len(self.blocks), depth,
             *(bar or (0.0, 0.0)), c.softcap, c.d_ref, c.norm_eps, NORM_EPS)
         done, at, ran = reached
+        if tokens[front + done] < 0:
+            raise ValueError(NOT_FINITE)
         assert done or at, "a prompt that is not here must have begun"
         end = front + done
         first, late, waits = end - max(behind), None, None

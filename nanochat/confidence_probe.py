@@ -258,7 +258,10 @@ class Controls:
         """
         if any(not p for p in prompts):
             raise ValueError("the prompt is empty: give at least one token, such as <|bos|>")
-        if run is not None:
+        if self.budget == 1:  # all compute: no plan can be better
+            config = self.model.config
+            self.widths = torch.full((len(prompts), config.n_block), config.top_width)
+        elif run is not None:
             self.widths = run.plan(*prompts, self.budget, self.price, self.shares)
         else:
             values = predict(self.model, *pad(prompts, self.model.device), self.budget).cpu()

@@ -31,11 +31,14 @@ def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None)
     """
     Casts, in place, the weights to `dtype` (None: the one that the device computes in), except the SSM parameters and the
     controls, which stay fp32, so that decoding does not cast them anew for every token. The model cannot be trained on
-    afterwards.
+    afterwards. ValueError for a weight that is not finite.
     """
     dtype = dtype or get_compute_dtype(device_type)
     for name, p in model.named_parameters():
         p.requires_grad_(False)
+        if not bool(p.isfinite().all()):
+            raise ValueError(f"the weight {name} is not finite: the file is damaged, or its training diverged; use an "
+                             "earlier checkpoint")
         if not stays_fp32(name):
             p.data = p.data.to(dtype)
     model.compute_dtype = dtype
@@ -144,6 +147,8 @@ class Engine:
             raise ValueError("a draft length has an effect with lossless decoding only: ask for that too, or leave it away")
         settings = temperature, top_k, top_p
         check_settings(*settings)
+        if not -2**63 <= seed <= 2**63 - n:
+            raise ValueError(f"seed {seed} is out of range: give one from -2^63 to 2^63 less the number of rows")
         if "auto" in modes:
             if modes != ["auto"] * n:
                 raise ValueError("mode 'auto' cannot be mixed with others in one batch: run those prompts apart")
@@ -233,15 +238,15 @@ class Engine:
         with torch.inference_mode():
             if not lossless and (chosen := several()):
                 pass  # the prompt and its first token are done
-            elif control is None and min(depths) == n_block:
-                h = self._prefill(text, widths, cache)[torch.arange(n), [len(t) - 1 for t in text]]
-                for trace in self.traces if not lossless else ():  # whose steps are appended as its tokens come
-                    trace.steps.append((n_block, trace.widths))
-                chosen = [[t] for t in draw_tokens(model.logits(h), settings, generators)]
-            else:
+            else:  # the same path for every mode: in bf16, another shape of the same products rounds otherwise
                 if max(map(len, text)) > 1:  # prompts go no deeper than their answers
                     cache.hold(*self._padded([t[:-1] for t in text]), model.resolve_widths(widths))
-                chosen = following(generators)
+                if lossless:
+                    chosen = [[t] for t in draw_tokens(model.logits(step()), settings, generators)]
+                    for trace in self.traces:
+                        trace.steps.clear()  # they are appended as the tokens come
+                else:
+                    chosen = following(generators)
         while live:
             stay, kept = [], [[] for _ in live]
             for i, (r, tokens) in enumerate(zip(live, chosen)):

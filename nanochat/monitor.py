@@ -4,20 +4,27 @@ Only rank 0 does any of it.
 """
 import contextlib
 import json
+import math
 import os
-import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 from nanochat.common import atomic_write, get_rank, print0
 
 # Dense bf16 peak FLOP/s by a part of the device's name, from the vendor's data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12,
               "4090": 165e12, "A10": 125e12}
+LOG_SECONDS = 60.0  # off a terminal, between the lines of two steps
 
 
 class Monitor:
@@ -29,6 +36,7 @@ class Monitor:
                  settings: dict):
         self.folder, self.total, self.device, self.tokens = Path(folder), total, device, tokens
         self.times, self.wandb, self.bar, self.log = [], None, None, None
+        self.said = -math.inf  # when the last step was printed
         name = torch.cuda.get_device_name() if device.type == "cuda" else ""
         self.peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
         if get_rank()[0]:
@@ -49,7 +57,7 @@ class Monitor:
             self.log.write(json.dumps(entry).encode() + b"\n")
             self.log.flush()
         if self.wandb:
-            self.wandb.log(entry)
+            self.wandb.log(entry, step=entry["step"])  # its own count would be that of the calls
 
     def say(self, text: str) -> None:
         if self.bar is not None:
@@ -70,9 +78,13 @@ class Monitor:
         mfu = flops / recent / self.peak / get_rank()[1] if self.peak and flops else None
         gpu = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
         memory = peak_rss_mb() / 1e3 if gpu is None else gpu
-        self.say(f"step {step:5d}/{self.total} | " + " | ".join(f"{k} {v:.4f}" for k, v in values.items())
-                 + f" | lr x{lr:.2f} | grad {norm:.3g} | {rate:,.0f} tok/s" + (f" | MFU {mfu:.1%}" if mfu else "")
-                 + f" | {memory:.1f} GB | ETA {_clock(recent * (self.total - step - 1))}")
+        # a log file gets a line a minute, with the first and the last step; metrics.jsonl has all
+        now = time.perf_counter()
+        if self.bar is not None or now - self.said >= LOG_SECONDS or step == self.total - 1:
+            self.said = now
+            self.say(f"step {step:5d}/{self.total} | " + " | ".join(f"{k} {v:.4f}" for k, v in values.items())
+                     + f" | lr x{lr:.2f} | grad {norm:.3g} | {rate:,.0f} tok/s" + (f" | MFU {mfu:.1%}" if mfu else "")
+                     + f" | {memory:.1f} GB | ETA {_clock(recent * (self.total - step - 1))}")
         self.record({"step": step, **values, "lr_scale": lr, "grad_norm": norm, "tok_per_s": rate,
                      "peak_rss_mb": peak_rss_mb(), **({"mfu": mfu} if mfu else {}),
                      **({"peak_gpu_gb": gpu} if gpu is not None else {})})
@@ -107,6 +119,8 @@ def read_metrics(folder: Path) -> list[dict]:
 
 def draw_curves(folder: Path) -> None:
     """curves.png: training losses, validation bits per byte, gradient norm with rate, and speed, over the steps."""
+    if "MPLCONFIGDIR" not in os.environ and not _has_home():  # else it says so on every run
+        os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="matplotlib-")
     import matplotlib  # takes a second to import, and most processes draw nothing
     matplotlib.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
@@ -132,8 +146,18 @@ def draw_curves(folder: Path) -> None:
     plt.close(fig)
 
 
+def _has_home() -> bool:
+    """Whether there is a home folder that can be written."""
+    try:
+        return os.access(Path.home(), os.W_OK)
+    except RuntimeError:
+        return False
+
+
 def peak_rss_mb() -> float:
-    """The most memory that this process has had resident, in MB."""
+    """The most memory that this process has had resident, in MB; 0 where the system does not say."""
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 

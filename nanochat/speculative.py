@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from nanochat.matryoshka import Cost, block_cost, resolve_level, token_flops
-from nanochat.sampling import accept_by_rejection, accept_greedily, draw, draw_tokens, probabilities
+from nanochat.sampling import accept_by_rejection, accept_greedily, best_tokens, draw, draw_tokens, probabilities
 
 MAX_DRAFT = 8       # tokens
 BINS = 8            # of a draft's confidence, see Record
@@ -294,7 +294,7 @@ class Speculation:
         else:
             confidence = probs.amax(-1).tolist()
         if self.settings[0] == 0:
-            return logits.argmax(-1, keepdim=True), None, confidence
+            return best_tokens(logits)[:, None], None, confidence
         return torch.tensor(draw(probs, generators), device=model.device)[:, None], probs, confidence
 
     def _exits(self, depth, token):

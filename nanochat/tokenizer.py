@@ -16,9 +16,11 @@ import json
 import os
 import pickle
 import pickletools
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import rustbpe
 import tiktoken
 import torch
@@ -41,6 +43,8 @@ SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 FORMAT = "adamba-bpe-1"
+MAX_PAIRS = 2**31 - 1  # rustbpe counts pairs in 32 bits
+MAX_SPACES = 500_000  # tiktoken's regex engine panics at a run of white space of about a million characters
 REMEDY = "make one with python -m scripts.tok_train"
 
 
@@ -49,6 +53,40 @@ def check_vocab_size(vocab_size: int) -> None:
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"a vocabulary of {vocab_size} is too small: give at least {MIN_VOCAB_SIZE}, for 256 bytes "
                          f"and {len(SPECIAL_TOKENS)} special tokens")
+    if vocab_size > MAX_PAIRS:
+        raise ValueError(f"a vocabulary of {vocab_size} is too large: give at most {MAX_PAIRS}")
+
+
+def cut_spaces(text: str) -> list[str]:
+    """The text in pieces, cut only where a run of white space is longer than MAX_SPACES."""
+    if len(text) <= MAX_SPACES:
+        return [text]
+    cuts = [at for run in re.finditer(r"\s{1000,}", text) for at in range(run.start() + MAX_SPACES, run.end(), MAX_SPACES)]
+    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+
+
+def _count_pairs(pieces: Iterable[str]) -> Iterator[str]:
+    """
+    The pieces, whose pairs of neighbouring bytes are counted in 64 bits as they pass; no pair of longer tokens can be more
+    frequent than the bytes where it meets. ValueError where one is too frequent for rustbpe.
+    """
+    counts, waiting, size = np.zeros(65_536, dtype=np.int64), [], 0
+
+    def count() -> None:
+        nonlocal counts
+        data = np.frombuffer("\n".join(waiting).encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64)
+        counts += np.bincount(data[:-1] * 256 + data[1:], minlength=65_536)
+        if counts.max() > MAX_PAIRS:
+            raise ValueError(f"a pair of bytes occurs more than {MAX_PAIRS:,} times in the text, more than the trainer can "
+                             "count: give less text, as by a lower --max-chars")
+    for piece in pieces:
+        waiting.append(piece)
+        size += len(piece)
+        if size > 1_000_000:
+            count()
+            waiting, size = [], 0
+        yield piece
+    count()
 
 
 class Tokenizer:
@@ -76,13 +114,13 @@ class Tokenizer:
     def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int) -> "Tokenizer":
         """
         Learns a vocabulary of `vocab_size` ids, specials included, from the texts; of fewer where they are too short to
-        have that many merges. Raises ValueError below 265.
+        have that many merges. Raises ValueError below 265, and for more text than can be counted.
         """
         check_vocab_size(vocab_size)
         trainer = rustbpe.Tokenizer()
         # rustbpe holds buffer_size texts at a time: in pieces of 64k characters that is 64 MB, whatever the documents.
         pieces = (text[a:b] for text in text_iterator for a, b in split_text(text, 65_536))
-        trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), buffer_size=1024, pattern=SPLIT_PATTERN)
+        trainer.train_from_iterator(_count_pairs(pieces), vocab_size - len(SPECIAL_TOKENS), buffer_size=1024, pattern=SPLIT_PATTERN)
         return cls([bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])])
 
     @classmethod
@@ -161,9 +199,11 @@ class Tokenizer:
         """
         head, tail = ([] if token is None else [self._special_id(token)] for token in (prepend, append))
         if isinstance(text, str):
-            return head + self.enc.encode_ordinary(text) + tail
+            return head + [i for piece in cut_spaces(text) for i in self.enc.encode_ordinary(piece)] + tail
         if not isinstance(text, list) or not all(isinstance(t, str) for t in text):
             raise ValueError(f"can only encode a string or a list of strings, not {type(text).__name__}")
+        if any(len(t) > MAX_SPACES for t in text):
+            return [self.encode(t, prepend, append) for t in text]
         return [head + ids + tail for ids in self.enc.encode_ordinary_batch(text, num_threads=num_threads)]
 
     __call__ = encode

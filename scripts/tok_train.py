@@ -14,7 +14,7 @@ from nanochat.common import cli, get_base_dir, print0
 from nanochat.dataset import DEFAULT_HUB, prepare
 from nanochat.hub import DEFAULT_SHARDS
 from nanochat.shards import EMBEDDED, iter_texts
-from nanochat.tokenizer import Tokenizer, check_vocab_size
+from nanochat.tokenizer import Tokenizer, check_vocab_size, cut_spaces
 
 
 def parse_args(argv) -> argparse.Namespace:
@@ -60,19 +60,21 @@ def main(argv=None) -> None:
     print0(f"trained {size} ids in {seconds:.1f} s from {folder}")
     if size < args.vocab_size:
         print0(f"the text has no more merges to learn: {args.vocab_size} ids were asked for")
+    tokenizer.save(out)  # before anything else can go wrong
+    print0(f"tokenizer folder: {out}")
     # The first few megabytes of validation text, in bytes per token: the higher, the fewer tokens a text costs.
     texts = list(iter_texts(folder, "val", 5_000_000))
     nbytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
     tokens = sum(map(len, tokenizer.encode(texts)))
     if not tokens:
-        raise ValueError(f"the validation shard of {folder} holds no text: give more or longer documents")
+        raise ValueError(f"the tokenizer is written, but cannot be judged: the validation shard of {folder} holds no text; "
+                         "give more or longer documents")
     line = f"validation: {nbytes:,} bytes in {tokens:,} tokens = {nbytes / tokens:.3f} bytes per token"
     gpt2 = gpt2_if_cached()
     if gpt2 is not None:
-        line += f" (GPT-2's 50,257 ids: {nbytes / sum(map(len, gpt2.encode_ordinary_batch(texts))):.3f})"
+        pieces = [piece for text in texts for piece in cut_spaces(text)]
+        line += f" (GPT-2's 50,257 ids: {nbytes / sum(map(len, gpt2.encode_ordinary_batch(pieces))):.3f})"
     print0(line)
-    tokenizer.save(out)
-    print0(f"tokenizer folder: {out}")
 
 
 if __name__ == "__main__":

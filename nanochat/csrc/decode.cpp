@@ -151,6 +151,11 @@ void greedy(const Block<T>* all, const Sizes* sizes, const Answer<T>* answer, co
         norm<P>(a.states + t * D, h, 1, D, d_ref, eps);
         head<P>(h, a.head, a.logits, 1, D, a.vocab, D, D, cap);
         a.tokens[t + 1] = std::max_element(a.logits, a.logits + a.vocab) - a.logits;
+        if (std::any_of(a.logits, a.logits + a.vocab, [](float v) { return !std::isfinite(v); })) {
+            a.tokens[t + 1] = -1;    // no token can be told: the caller stops
+            reached[0] = t + 1, reached[1] = 0;
+            return;
+        }
         if (std::find(a.stops, a.stops + a.n_stop, a.tokens[t + 1]) != a.stops + a.n_stop) {
             reached[0] = t + 1, reached[1] = 0;
             return;
