@@ -14,12 +14,31 @@ from pathlib import Path
 
 import torch
 
+WINDOWS = os.name == "nt"  # the one place that knows: what Windows lacks asks here
+
+
+def user_path(text: str | os.PathLike) -> Path:
+    """A path as a user writes it, ~ expanded. ValueError where nobody knows what ~ is: no HOME, no entry for the user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as e:
+        raise ValueError(f"{text}: the home folder is unknown ({e}): write the whole path, or set HOME") from e
+
 
 def get_base_dir() -> Path:
-    """Folder of all artifacts: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Made if absent."""
-    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    """
+    Folder of all artifacts: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Made if absent. OSError or ValueError where
+    that cannot be.
+    """
+    try:
+        path = user_path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    except ValueError as e:
+        raise ValueError("no folder for artifacts is known: set NANOCHAT_BASE_DIR to one (or HOME)") from e
+    except OSError as e:
+        raise OSError(e.errno, f"the folder for artifacts, {path}, cannot be made ({e.strerror}): set NANOCHAT_BASE_DIR to "
+                               "one that can") from e
 
 
 def get_rank() -> tuple[int, int]:
@@ -35,11 +54,12 @@ def print0(*args, **kwargs) -> None:
 
 class Progress:
     """
-    Lines of progress with speed and the time that is left, at most one in `every` seconds. `total` counts what `step` is
-    told, in `unit`s ('bytes' are shown as GB).
+    Lines of progress with speed and the time that is left, at most one in `every` seconds (None: 15 on a terminal, else
+    60). `total` counts what `step` is told, in `unit`s ('bytes' are shown as GB).
     """
-    def __init__(self, what: str, total: float, unit: str = "steps", every: float = 15.0):
-        self.what, self.total, self.unit, self.every = what, total, unit, every
+    def __init__(self, what: str, total: float, unit: str = "steps", every: float | None = None):
+        self.what, self.total, self.unit = what, total, unit
+        self.every = every if every is not None else 15.0 if sys.stdout.isatty() else 60.0
         self.start = self.said = time.perf_counter()
         self.done = 0
 
@@ -53,7 +73,8 @@ class Progress:
             shown = f"{self.done:.0f} of {self.total:.0f} {self.unit}, {rate:.2g}/s"
             if self.unit == "bytes":
                 shown = f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {rate / 1e6:.0f} MB/s"
-            print0(f"  {self.what}: {shown}, ETA {(self.total - self.done) / rate:.0f} s" + (f" | {text}" if text else ""))
+            left = max(0.0, self.total - self.done) / rate if rate else float("inf")
+            print0(f"  {self.what}: {shown}, ETA {left:.0f} s" + (f" | {text}" if text else ""))
 
     @property
     def seconds(self) -> float:
@@ -114,7 +135,9 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb"):
 
 
 def fsync_dir(path: str | os.PathLike) -> None:
-    """Makes a rename inside the folder `path` survive a power cut."""
+    """Makes a rename inside the folder `path` survive a power cut. Windows opens no folder, and needs it less."""
+    if WINDOWS:
+        return
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -129,13 +152,101 @@ def _umask() -> int:
     return mask
 
 
+def busy_cores(seconds: float = 0.2) -> float | None:
+    """
+    How many cores other processes keep busy, measured for a moment where the load average hints at it; 0 where it does not,
+    None where the system does not say.
+    """
+    try:
+        load = os.getloadavg()[0]
+    except (OSError, AttributeError):
+        return None
+    if load < 0.5:
+        return 0.0
+
+    def read() -> tuple[int, int]:
+        numbers = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(numbers), numbers[3] + numbers[4]  # all, idle or waiting for a disk
+    try:
+        before = read()
+        time.sleep(seconds)
+        total, idle = (b - a for a, b in zip(before, read()))
+    except (OSError, ValueError, IndexError):
+        return load  # no /proc: the mean of the last minute is all there is
+    return (os.cpu_count() or 1) * (1 - idle / total) if total else load
+
+
+def note_if_busy(threads: int) -> None:
+    """
+    Prints a line where other processes leave fewer cores than this one has threads: threads wait for each other at every
+    step, and two beside one busy process have trained at a thirtieth of one thread's speed.
+    """
+    cores, busy = os.cpu_count() or 1, busy_cores() if threads > 1 else 0
+    if busy and busy + threads > cores + 0.5:
+        print0(f"note: other processes keep {busy:.1f} of {cores} cores busy, and {threads} threads that wait for each other "
+               f"can then be many times slower than fewer: try OMP_NUM_THREADS={max(1, int(cores - busy))}")
+
+
+_ROOT = Path(__file__).resolve().parent.parent  # of the package and its scripts
+
+
+def _is_foreseen(e: BaseException) -> bool:
+    """
+    Whether an error's own message says what a user can do: OSErrors and ImportErrors, and ValueErrors that the package
+    raises itself (one from inside a library knows nothing of our flags).
+    """
+    if isinstance(e, (OSError, ImportError)):
+        return True
+    if not isinstance(e, ValueError) or isinstance(e, UnicodeError):
+        return False
+    frames = traceback.extract_tb(e.__traceback__)
+    return not frames or _ROOT in Path(frames[-1].filename).parents
+
+
+def _is_out_of_memory(e: BaseException) -> bool:
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(e, RuntimeError) and ("can't allocate memory" in str(e) or "out of memory" in str(e)))
+
+
+def _keep_traceback(e: BaseException) -> str:
+    """Writes the traceback to a file, in the artifacts' logs folder or else the temporary one; says where."""
+    name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    text = f"{' '.join(sys.argv)}\nPython {sys.version}\ntorch {torch.__version__}, {sys.platform}\n\n"
+    text += "".join(traceback.format_exception(e))
+    for folder in (lambda: get_base_dir() / "logs", lambda: Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError, ValueError):
+            path = folder() / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            return f"the file {path}, which holds the traceback"
+    return "what NANOCHAT_DEBUG=1 prints (no file could be written)"
+
+
+def describe_error(e: BaseException) -> str:
+    """One line on an error: its own where that says the remedy, else a request to report it that names a file."""
+    if _is_foreseen(e):
+        # OSErrors raised here carry their sentence in strerror; those of the system name the file themselves.
+        text = e.strerror if isinstance(e, OSError) and e.strerror and not e.filename else str(e)
+    else:
+        text = (str(e).strip().splitlines() or [""])[0][:300]
+        if _is_out_of_memory(e):
+            text = (f"out of memory ({text}): make it smaller, as by a lower --device-batch-size, a shorter context, or "
+                    "--gradient-checkpointing in training")
+        else:
+            text = f"unexpected {type(e).__name__}: {text} -- please report it with {_keep_traceback(e)}"
+    return "error: " + " ".join(str(text).split())
+
+
 def cli(main):
     """
-    Decorator of a script's main(): what a user can cause (ValueError, OSError, ImportError: their messages say the
-    remedy) ends in one line on stderr and exit code 2. NANOCHAT_DEBUG=1 shows the traceback too.
+    Decorator of a script's main(): every error ends in one line on stderr and exit code 2, see describe_error.
+    NANOCHAT_DEBUG=1 shows the traceback too. What the terminal's encoding lacks is printed as \\x.. and stops nothing.
     """
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except BrokenPipeError:  # the reader of our output went away, as `| head` does
@@ -144,11 +255,11 @@ def cli(main):
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
-        except (ValueError, OSError, ImportError) as e:
+        except SystemExit:
+            raise
+        except BaseException as e:  # Rust's PanicException is no Exception
             if os.environ.get("NANOCHAT_DEBUG"):
                 traceback.print_exc()
-            # OSErrors raised here carry their sentence in strerror; those of the system name the file themselves.
-            text = e.strerror if isinstance(e, OSError) and e.strerror and not e.filename else str(e)
-            print("error: " + " ".join(str(text).split()), file=sys.stderr)
+            print(describe_error(e), file=sys.stderr)
             sys.exit(2)
     return wrapped

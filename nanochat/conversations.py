@@ -15,24 +15,46 @@ def is_conversation(record: object) -> bool:
     return isinstance(record, list) or (isinstance(record, dict) and "messages" in record)
 
 
-def parse(line: str | bytes, where: str) -> dict:
-    """
-    {"messages": [...]} of a line of JSON in either form. Raises ValueError that begins with `where`, a file and a line
-    in it, for what is no JSON, is malformed (see `turns`), or has no assistant in it, from whom alone a model learns.
-    """
+def load(line: str | bytes, where: str) -> list | str | None:
+    """The messages of a line of JSON in either form, as they are. ValueError, beginning with `where`, where it has none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{where} is not JSON ({e}): give {FORMS}") from e
     if not is_conversation(record):
         raise ValueError(f"{where} is no conversation: give {FORMS}")
-    conversation = {"messages": record if isinstance(record, list) else record["messages"]}
+    return record if isinstance(record, list) else record["messages"]
+
+
+def check_at(messages: list | str | None, where: str) -> dict:
+    """`check`, whose error begins with `where`, a file and a line in it."""
     try:
-        roles = [role for role, _ in turns(conversation)]
+        return check(messages)
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from e
-    if "assistant" not in roles:
-        raise ValueError(f"{where}: no message is the assistant's, so there is nothing to learn: complete or remove it")
+
+
+def parse(line: str | bytes, where: str) -> dict:
+    """{"messages": [...]} of a line of JSON in either form. ValueError, beginning with `where`, for what `check` refuses."""
+    return check_at(load(line, where), where)
+
+
+def check(messages: list | str) -> dict:
+    """
+    {"messages": [...]} of a list of messages, or of the JSON of one, which is the same in every kind of file. Raises
+    ValueError for what is malformed (see `turns`) or has nothing that an assistant says, from whom alone a model learns.
+    """
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"its messages are not JSON ({e}): give {FORMS}") from e
+    conversation = {"messages": messages}
+    said = [parts for role, parts in turns(conversation) if role == "assistant"]
+    if not said:
+        raise ValueError("no message is the assistant's, so there is nothing to learn: complete or remove it")
+    if not any(text for parts in said for kind, text in parts if kind != "python_output"):
+        raise ValueError("the assistant says nothing in it, so there is nothing to learn: complete or remove it")
     return conversation
 
 
@@ -47,7 +69,7 @@ def messages_of(conversation: dict) -> list[dict]:
     if not isinstance(messages, list) or not messages:
         raise ValueError("a conversation is {'messages': [...]} with at least one message")
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             raise ValueError(f"message {i} is not {{'role': ..., 'content': ...}}")
     return messages
 

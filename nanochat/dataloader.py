@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nanochat.common import print0
 from nanochat.mixture import Part
 from nanochat.packing import RowStream, splitmix
 from nanochat.tokenizer import Tokenizer
@@ -31,7 +32,8 @@ class DataLoader:
     state: what `state()` gave, to go on exactly there: this rank's, or a list of all ranks'. A list of another number
         of ranks than world_size is gone on behind: each source at its furthest rank's position. batch_size is free: a
         position is a number of rows. A state for other data, weights, another tokenizer, sequence length, buffer size,
-        seed, rank or world size is refused.
+        seed, rank or world size is refused; with accept_changed one for other data or weights is gone on behind, too, at
+        the nearest position that these data have.
     buffer_size: how many pieces of documents are there to choose from, in each source. seed: of the draws of sources.
 
     `epoch` is the number of times the split was read to its end (of a mixture: its least read source), `tokens_read` how
@@ -45,7 +47,8 @@ class DataLoader:
 
     def __init__(self, tokenizer: Tokenizer, data: str | os.PathLike | Sequence[Part], split: str, batch_size: int,
                  seq_len: int, rank: int = 0, world_size: int = 1, device: str | torch.device = "cpu",
-                 state: dict | list[dict] | None = None, buffer_size: int = 1000, num_threads: int = 2, seed: int = 0):
+                 state: dict | list[dict] | None = None, buffer_size: int = 1000, num_threads: int = 2, seed: int = 0,
+                 accept_changed: bool = False):
         if min(batch_size, seq_len, buffer_size) < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch_size={batch_size}, seq_len={seq_len} and buffer_size={buffer_size} must be "
                              f"positive and rank={rank} one of world_size={world_size}")
@@ -67,7 +70,7 @@ class DataLoader:
         self._copied = [None] * len(self._staging)
         self.reset()
         if state is not None:
-            self._load_state(state)
+            self._load_state(state, accept_changed)
 
     def reset(self) -> None:
         """Back to the first documents of epoch 0."""
@@ -128,7 +131,7 @@ class DataLoader:
         return {"identity": self.identity, "rows": self.rows, "draws": self._draws,
                 "sources": [stream.state() for stream in self.streams]}
 
-    def _load_state(self, state: dict | list[dict]) -> None:
+    def _load_state(self, state: dict | list[dict], accept_changed: bool) -> None:
         states = state if isinstance(state, list) else [state]
         if not states or not all(isinstance(s, dict) and isinstance(s.get("identity"), dict) for s in states):
             raise ValueError("this is no data loader state: start without one")
@@ -136,28 +139,48 @@ class DataLoader:
             ranks = [s["identity"].get("rank") for s in states]
             if ranks != list(range(len(states))) or states[0]["identity"].get("world_size") != len(states):
                 raise ValueError(f"the data position is that of ranks {ranks} and not of all ranks once: start without one")
-        moved = isinstance(state, list) and len(states) != self.world_size
-        if isinstance(state, list) and not moved:
-            states = [states[self.rank]]
-        for s in states:
-            self._check_identity(s["identity"], {"rank", "world_size"} if moved else set())
         try:
+            changed = accept_changed and self._changes(states[0])
+            moved = bool(changed) or (isinstance(state, list) and len(states) != self.world_size)
+            if isinstance(state, list) and not moved:
+                states = [states[self.rank]]
+            for s in states:
+                self._check_identity(s, ({"rank", "world_size"} if moved and isinstance(state, list) else set())
+                                     | ({"data", "weights"} if changed else set()))
             if moved:
-                self.rows = sum(s["rows"] for s in states) // self.world_size
+                self.rows = sum(s["rows"] for s in states) // (self.world_size if isinstance(state, list) else 1)
                 self._draws = max(s["draws"] for s in states)
                 for i, stream in enumerate(self.streams):
-                    stream.go_behind([s["sources"][i] for s in states])
+                    sources = [s["sources"][i] for s in states]
+                    stream.go_behind([stream.nearest(source) for source in sources] if changed else sources)
             else:
                 self.rows, self._draws = states[0]["rows"], states[0]["draws"]
                 for stream, source in zip(self.streams, states[0]["sources"], strict=True):
                     stream.load_state(source)
-        except (KeyError, TypeError, IndexError) as e:
+        except (KeyError, TypeError, IndexError, AttributeError) as e:
             raise ValueError(f"the data loader state is incomplete ({e!r}): start without one") from e
+        if changed:
+            print0(f"the data changed ({changed}): it goes on at the nearest position")
 
-    def _check_identity(self, identity: dict, free: set[str]) -> None:
+    def _changes(self, state: dict) -> str:
+        """What of the data differs from those that a state was saved for, in words; empty where nothing does."""
+        identity, sources = state["identity"], state["sources"]
+        if len(sources) != len(self.streams):
+            raise ValueError(f"the data position was saved for another mixture, of {len(sources)} sources and not "
+                             f"{len(self.streams)}: resume with these, or start anew")
+        words = [stream.changes(source) for stream, source, data in zip(self.streams, sources, identity.get("data", ()))
+                 if stream.data != data]
+        if (before := identity.get("weights")) != self.weights:
+            words.append(f"the weights of the mixture were {before} and are {self.weights}")
+        return "; ".join(words)
+
+    def _check_identity(self, state: dict, free: set[str]) -> None:
         words = {"data": "dataset (its shards' names or sizes)", "vocab_size": "vocabulary size", "weights": "mixture"}
-        here = json.loads(json.dumps(self.identity))  # as a saved one was
+        here, identity = json.loads(json.dumps(self.identity)), state["identity"]  # as a saved one was
         for key in here:
             if key not in free and identity.get(key) != here[key]:
-                raise ValueError(f"the data position was saved for another {words.get(key, key)} ({identity.get(key)}, "
-                                 f"here {here[key]}): resume with what it was saved with, or start anew")
+                what = f"{identity.get(key)}, here {here[key]}"
+                if key in ("data", "weights"):
+                    what = self._changes(state) + "; --accept-changed-data goes on at the nearest position"
+                raise ValueError(f"the data position was saved for another {words.get(key, key)} ({what}): resume with what "
+                                 "it was saved with, or start anew")

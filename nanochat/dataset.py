@@ -4,14 +4,17 @@ Where training data comes from: three sources, one layout on disk (nanochat.shar
     python -m nanochat.dataset                                      # embedded: this interpreter's standard library
     python -m nanochat.dataset --data ~/texts                       # a folder or file of .parquet, .jsonl, .txt
     python -m nanochat.dataset --data karpathy/climbmix-400b-shuffle --num-shards 8      # shards of a hub dataset
+    python -m nanochat.dataset --data HuggingFaceTB/smoltalk:all    # one of its configurations
 
-A .jsonl has on each line {"text": ...}, or a conversation: a list of {"role", "content"}, or {"messages": such a list}.
-Training mixes several sources: nanochat.mixture.
+A .jsonl has on each line {"text": ...}, or a conversation: a list of {"role", "content"}, or {"messages": such a list};
+.jsonl and .txt may be packed, as .gz or .zst. Which files train and which validate: nanochat.data.splits. Every row is
+looked through once, before training: nanochat.data.check. Training mixes several sources: nanochat.mixture.
 """
 import argparse
 import ast
 import contextlib
 import hashlib
+import io
 import json
 import os
 import platform
@@ -22,7 +25,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nanochat import conversations
-from nanochat.common import cli, get_base_dir, print0
+from nanochat.common import cli, get_base_dir, print0, user_path
+from nanochat.data.check import SKIP, checked
+from nanochat.data.files import EXTENSIONS, PACKED, find_data, kind_of, open_data
+from nanochat.data.splits import Chosen, choose, left_out_line
 from nanochat.hub import DEFAULT_SHARDS, DEFAULT_WORKERS, prepare_hub
 from nanochat.shards import (
     EMBEDDED,
@@ -39,7 +45,6 @@ from nanochat.shards import (
 )
 
 DEFAULT_HUB = "karpathy/climbmix-400b-shuffle"
-EXTENSIONS = (".parquet", ".jsonl", ".txt")
 
 LAYOUT_VERSION = 1  # part of a converted folder's name: raise it when what a conversion writes changes
 DOCUMENT_CHARS = 65_536  # a longer .txt is cut into documents
@@ -119,30 +124,47 @@ def _prepare_embedded(base_data: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 # Local files
 
-def _local_files(path: Path) -> list[Path]:
+def _local_files(path: Path) -> Chosen:
+    """The files to read, as names under `path` (a folder) or beside it (a file), and those that are left out."""
     if path.is_file():
-        if path.suffix not in EXTENSIONS:
-            raise ValueError(f"{path} is none of {', '.join(EXTENSIONS)}: convert it to one of them")
-        return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in EXTENSIONS and p.is_file()
-                   and not any(part.startswith(".") for part in p.relative_to(path).parts))
-    if not files:
+        if kind_of(path) is None:
+            raise ValueError(f"{path} is none of {', '.join(EXTENSIONS)}: convert it to one of them (of .jsonl and .txt "
+                             f"{' and '.join(PACKED)} are read too)")
+        return Chosen([path.name], [], {})
+    names, others = find_data(path)
+    if not names:
         raise FileNotFoundError(f"no {', '.join(EXTENSIONS)} file in {path}: put text there, or use --data {EMBEDDED}")
-    return files
+    try:
+        chosen = choose(names, _card(path / "README.md"))
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    return chosen._replace(left_out=chosen.left_out | others)
 
 
-def _read_txt(path: Path, advance: Callable[[int], object]) -> Iterator[str]:
+def _card(path: Path) -> list | None:
+    """The configurations that a dataset card names; None where it names none."""
+    if not path.is_file():
+        return None
+    from huggingface_hub import metadata_load
+    try:
+        configs = (metadata_load(path) or {}).get("configs")
+    except Exception:  # it is no card: YAML's errors, or another encoding
+        return None
+    return configs if isinstance(configs, list) else None
+
+
+def _read_txt(path: Path, advance: Callable[[int], object], fault: Callable[[str], None]) -> Iterator[str]:
     """The file as one document, or as several where it is longer than DOCUMENT_CHARS; a few of those in memory."""
     rest, told = "", 0
-    with open(path, encoding="utf-8-sig") as f:
+    with open_data(path) as (stream, tell), io.TextIOWrapper(stream, encoding="utf-8-sig") as f:
         while True:
             try:
                 block = f.read(16 * DOCUMENT_CHARS)
             except UnicodeDecodeError as e:
                 raise ValueError(f"{path} is not UTF-8 text ({e.reason} before byte {f.buffer.tell():,}): convert it, "
                                  "for example with iconv -f latin1 -t utf-8") from e
-            advance(f.buffer.tell() - told)
-            told = f.buffer.tell()
+            advance(tell() - told)
+            told = tell()
             rest += block
             spans = split_text(rest, DOCUMENT_CHARS)
             for start, stop in (spans[:-1] if block else spans):  # the last one may go on in the next block
@@ -154,45 +176,55 @@ def _read_txt(path: Path, advance: Callable[[int], object]) -> Iterator[str]:
 
 def _jsonl_kind(path: Path) -> str:
     """What the first line of a .jsonl is: "text" or "chat"."""
-    with open(path, "rb") as f, contextlib.suppress(ValueError, RecursionError):
+    with open_data(path) as (f, _), contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         first = json.loads(next((line for line in f if line.strip()), b"{}"))
         return "chat" if conversations.is_conversation(first) else "text"
     return "text"  # whose reader says what is wrong with it
 
 
-def _read_jsonl(path: Path, advance: Callable[[int], object]) -> Iterator[str]:
-    chat = _jsonl_kind(path) == "chat"
-    with open(path, "rb") as f:
+def _parse_line(line: bytes, chat: bool, where: str) -> str:
+    """The document of a line of a .jsonl, empty where its text or its messages are null. ValueError for no document."""
+    if chat:
+        record = conversations.load(line, where)
+        return json.dumps(conversations.check_at(record, where)["messages"]) if record is not None else ""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where} is not JSON ({e}): give an object with a field 'text' on each line") from e
+    if not isinstance(record, dict) or not isinstance(record.get("text", 0), str | None):
+        raise ValueError(f"{where} has no string in a field 'text': rename the field that holds the text (a "
+                         "conversation goes into a file of conversations only)")
+    return record["text"] or ""
+
+
+def _read_jsonl(path: Path, advance: Callable[[int], object], fault: Callable[[str], None]) -> Iterator[str]:
+    chat, told = _jsonl_kind(path) == "chat", 0
+    with open_data(path) as (f, tell):
         for number, line in enumerate(f, 1):
-            advance(len(line))
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            if chat:
-                yield json.dumps(conversations.parse(line, where)["messages"])
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as e:
-                raise ValueError(f"{where} is not JSON ({e}): give an object with a field 'text' on each line") from e
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise ValueError(f"{where} has no string in a field 'text': rename the field that holds the text (a "
-                                 "conversation goes into a file of conversations only)")
-            yield record["text"]
+            advance(tell() - told)
+            told = tell()
+            if line.strip():
+                try:
+                    yield _parse_line(line, chat, f"{path}, line {number}")
+                except ValueError as e:
+                    fault(str(e))
 
 
-def _read_parquet(path: Path, advance: Callable[[int], object]) -> Iterator[str]:
+def _read_parquet(path: Path, advance: Callable[[int], object], fault: Callable[[str], None]) -> Iterator[str]:
     with contextlib.closing(open_shard(path)) as file:
         rows = max(file.metadata.num_rows, 1)
-    size, told = path.stat().st_size, 0
+    chat, size, told = shard_kind(path) == "chat", path.stat().st_size, 0
     for row, text in iter_shard(path):
         advance(size * (row + 1) // rows - told)
         told = size * (row + 1) // rows
-        yield text
+        try:
+            yield json.dumps(conversations.parse(text, f"{path}, row {row}")["messages"]) if chat and text else text
+        except ValueError as e:
+            fault(str(e))
 
 
 def _kind(path: Path) -> str:
-    return {".txt": lambda _: "text", ".jsonl": _jsonl_kind, ".parquet": shard_kind}[path.suffix](path)
+    return {".txt": lambda _: "text", ".jsonl": _jsonl_kind, ".parquet": shard_kind}[kind_of(path)](path)
 
 
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -208,75 +240,127 @@ def _one_kind(files: list[Path]) -> str:
     return first
 
 
-def _prepare_local(path: Path, base_data: Path) -> Path:
-    path = path.expanduser().resolve()
-    files = _local_files(path)
-    if len(files) > 1 and all(f.suffix == ".parquet" and f.parent == path for f in files):
-        _one_kind(files)
-        return path  # the layout already: used where it lies
-    kind = _one_kind(files)
-    root = path if path.is_dir() else path.parent
-    stats = [(f.relative_to(root).as_posix(), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    total = sum(size for _, size, _ in stats)
-    fraction = min(VAL_FRACTION, VAL_CHARS / max(total, 1))
-    tag = hashlib.blake2b(repr((LAYOUT_VERSION, str(path), stats)).encode(), digest_size=8).hexdigest()
+def _is_layout(path: Path, chosen: Chosen) -> bool:
+    """Whether a folder holds the shards that would be read, and is read alike as it is."""
+    names = chosen.train + chosen.val
+    if not path.is_dir() or len(names) < 2 or any(kind_of(n) != ".parquet" or "/" in n for n in names):
+        return False
+    train, val = ([p.name for p in list_shards(path, split)] for split in ("train", "val"))
+    return (train, val) == (chosen.train, chosen.val) if chosen.val else train + val == chosen.train
 
-    def documents() -> Iterator[tuple[int, str]]:
+
+def _prepare_local(path: Path, base_data: Path, skip_bad_rows: bool) -> Path:
+    path = user_path(path).resolve()
+    chosen = _local_files(path)
+    if chosen.left_out:
+        print0(left_out_line(path.name, chosen.left_out))
+    root = path if path.is_dir() else path.parent
+    files = [root / name for name in chosen.train + chosen.val]
+    kind = _one_kind(files)
+    if _is_layout(path, chosen):  # used where it lies
+        return checked(path, list_shards(path, "train") + list_shards(path, "val"), base_data, skip_bad_rows)
+    stats = [(f.relative_to(root).as_posix(), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    tag = hashlib.blake2b(repr((LAYOUT_VERSION, str(path), stats, chosen.val)).encode(), digest_size=8).hexdigest()
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.name).strip(".") or "local"
+    folder = base_data / f"{name}-{tag}"
+    if folder.is_dir() or not skip_bad_rows:
+        return build(folder, lambda tmp: _convert(tmp, path, files, set(files[len(chosen.train):]), kind, False))
+    return build(base_data / f"{name}-{tag}-skipped",
+                 lambda tmp: _convert(tmp, path, files, set(files[len(chosen.train):]), kind, True))
+
+
+def _convert(folder: Path, path: Path, files: list[Path], validating: set[Path], kind: str, skip_bad_rows: bool) -> None:
+    """
+    Writes the documents of `files` into `folder` as shards. Those in `validating` are the validation split; where there are
+    none it is cut from all. ValueError for a row that cannot be used, unless these are to be skipped.
+    """
+    total, faults, seen = sum(f.stat().st_size for f in files), [], [0, 0]
+
+    def fault(text: str) -> None:
+        if not skip_bad_rows:
+            raise ValueError(f"{text}; {SKIP}")
+        faults.append(text if not faults else None)
+
+    def documents() -> Iterator[tuple[bool, str]]:
+        faults.clear()
         with progress(total, f"converting {path.name}") as bar:
             for file in files:
-                for text in _READERS[file.suffix](file, bar.update):
+                for text in _READERS[kind_of(file)](file, bar.update, fault):
                     text = text.encode("utf-8", "replace").decode()  # a lone surrogate (JSON allows it) is no UTF-8
                     if text.strip():
-                        yield digest(text), text
+                        seen[file in validating] += 1
+                        yield file in validating, text
 
-    def write(tmp: Path) -> None:
-        low, high = 2**64, -1
+    if not validating:
+        _cut(folder, path, documents, min(VAL_FRACTION, VAL_CHARS / max(total, 1)), kind)
+    else:
+        write_layout(folder, documents(), kind)
+        if 0 in seen:
+            raise ValueError(f"{path} holds no document to {'validate' if seen[0] else 'train'} on, in the files whose names "
+                             "say so: add text there")
+    if faults:
+        print0(f"left out {len(faults):,} rows of {path} that cannot be used; the first is {faults[0]}")
 
-        def sides(is_val: Callable[[int], bool]) -> Iterator[tuple[bool, str]]:
-            nonlocal low, high
-            for key, text in documents():
-                low, high = min(low, key), max(high, key)
-                yield is_val(key), text
 
-        # A document's side follows its content, so equal documents stand on one side and the split needs no memory.
-        if 0 not in write_layout(tmp, sides(lambda key: key < fraction * 2**64), kind):
-            return
-        # A handful of documents, all on one side: then the one of smallest digest validates.
-        if low >= high:
-            raise ValueError(f"{path} holds {'no' if high < 0 else 'only one'} document, but training and validation "
-                             f"need one each: add text (above {DOCUMENT_CHARS:,} characters a .txt counts as several)")
-        for file in tmp.iterdir():
-            file.unlink()
-        write_layout(tmp, sides(lambda key: key == low), kind)
+def _cut(folder: Path, path: Path, documents: Callable, fraction: float, kind: str) -> None:
+    """Writes the documents, of which about a fraction is the validation split."""
+    low, high = 2**64, -1
 
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.name).strip(".") or "local"
-    return build(base_data / f"{name}-{tag}", write)
+    def sides(is_val: Callable[[int], bool]) -> Iterator[tuple[bool, str]]:
+        nonlocal low, high
+        for _, text in documents():
+            key = digest(text)
+            low, high = min(low, key), max(high, key)
+            yield is_val(key), text
+
+    # A document's side follows its content, so equal documents stand on one side and the split needs no memory.
+    if 0 not in write_layout(folder, sides(lambda key: key < fraction * 2**64), kind):
+        return
+    # A handful of documents, all on one side: then the one of smallest digest validates.
+    if low >= high:
+        raise ValueError(f"{path} holds {'no' if high < 0 else 'only one'} document, but training and validation "
+                         f"need one each: add text (above {DOCUMENT_CHARS:,} characters a .txt counts as several)")
+    for file in folder.iterdir():
+        file.unlink()
+    write_layout(folder, sides(lambda key: key == low), kind)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def prepare(source: str = EMBEDDED, num_shards: int = DEFAULT_SHARDS, workers: int = DEFAULT_WORKERS,
-            base_dir: str | os.PathLike | None = None) -> Path:
+            base_dir: str | os.PathLike | None = None, skip_bad_rows: bool = False) -> Path:
     """
     The folder of shards for `source`, made under base_dir/base_data (default: the artifacts' folder) if need be; quick
     when it is there. `source` is the word "embedded" (a folder of that name is ./embedded), else an existing path, else
-    the name owner/name of a hub dataset, of which `num_shards` training shards and the last one are fetched, `workers`
-    at once; more of them that are there already are used too.
+    the name owner/name or owner/name:configuration of a hub dataset, of which `num_shards` training shards and one that
+    validates are fetched, `workers` at once; more of them that are there already are used too. skip_bad_rows: leaves out,
+    and counts, the rows that cannot be used, such as malformed conversations, which are an error else.
     Raises FileNotFoundError, ValueError, ConnectionError or OSError, in one line with the remedy.
     """
     base_data = Path(base_dir or get_base_dir()) / "base_data"
     source = os.fspath(source)
     if source == EMBEDDED:
         return _prepare_embedded(base_data)
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.exists():
-        return _prepare_local(path, base_data)
-    if source.startswith((".", "/", "~")) or source.endswith(EXTENSIONS):
+        return _prepare_local(path, base_data, skip_bad_rows)
+    if source.startswith((".", "/", "~")) or kind_of(source):
         raise FileNotFoundError(f"no such file or folder: {source}; {OTHER_SOURCES}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?", source)
+    if match is None:
         raise ValueError(f"'{source}' is neither an existing path nor a hub dataset owner/name: {OTHER_SOURCES}, or a "
                          f"hub name such as {DEFAULT_HUB}")
-    return prepare_hub(source, num_shards, workers, base_data)
+    folder = prepare_hub(match[1], num_shards, workers, base_data, match[2])
+    if folder.is_file():  # all there is, to train and to validate
+        return _prepare_local(folder, base_data, skip_bad_rows)
+    return checked(folder, list_shards(folder, "train") + list_shards(folder, "val"), base_data, skip_bad_rows)
+
+
+def add_skip_arg(parser: argparse.ArgumentParser) -> None:
+    """--skip-bad-rows."""
+    parser.add_argument("--skip-bad-rows", action="store_true",
+                        help="leave out, and count, rows of the data that cannot be used, such as malformed conversations "
+                             "(default: the first one is an error, before anything is trained)")
 
 
 @cli
@@ -288,8 +372,9 @@ def main() -> None:
                         help=f"training shards to fetch from a hub dataset (default {DEFAULT_SHARDS})")
     parser.add_argument("--workers", type=int, default=DEFAULT_WORKERS,
                         help=f"shards fetched at once (default {DEFAULT_WORKERS})")
+    add_skip_arg(parser)
     args = parser.parse_args()
-    folder = prepare(args.data, args.num_shards, args.workers)
+    folder = prepare(args.data, args.num_shards, args.workers, skip_bad_rows=args.skip_bad_rows)
     for split in ("train", "val"):
         shards, rows = list_shards(folder, split), 0
         for shard in shards:

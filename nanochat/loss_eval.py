@@ -134,7 +134,9 @@ class BitsPerByte:
 
     @property
     def value(self) -> float:
-        assert self.bytes > 0, "the evaluation saw no text"
+        if self.bytes <= 0:
+            raise ValueError("the evaluation saw no token that is to be learnt: give more --eval-tokens, or data in whose "
+                             "validation split an assistant says something")
         return self.nats / (math.log(2) * self.bytes)
 
 

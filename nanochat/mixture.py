@@ -13,8 +13,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat.common import cli, print0
-from nanochat.dataset import DEFAULT_HUB, EMBEDDED, prepare
+from nanochat.common import cli, print0, user_path
+from nanochat.dataset import DEFAULT_HUB, EMBEDDED, add_skip_arg, prepare
 from nanochat.shards import list_shards, shard_kind
 
 DEFAULT_CHATS = "HuggingFaceTB/smol-smoltalk"
@@ -34,8 +34,8 @@ def parse(spec: str) -> list[tuple[float, str]]:
     not add up to 1. An existing path is a source whatever characters it has. Raises ValueError that explains the syntax.
     """
     try:
-        exists = Path(spec).expanduser().exists()
-    except OSError:  # such as "File name too long", which many sources together are
+        exists = user_path(spec).exists()
+    except (OSError, ValueError):  # such as "File name too long", which many sources together are
         exists = False
     if exists or ("," not in spec and "*" not in spec):
         return [(1.0, spec)]
@@ -55,10 +55,10 @@ def parse(spec: str) -> list[tuple[float, str]]:
     return parts
 
 
-def prepare_mixture(spec: str) -> list[Part]:
+def prepare_mixture(spec: str, skip_bad_rows: bool = False) -> list[Part]:
     """The parts of a mixture, each made ready by nanochat.dataset.prepare, whose errors it raises; printed where several."""
     parsed = parse(spec)
-    parts = [Part(weight, prepare(source)) for weight, source in parsed]
+    parts = [Part(weight, prepare(source, skip_bad_rows=skip_bad_rows)) for weight, source in parsed]
     total = sum(weight for weight, _ in parsed)
     if len(parts) > 1:
         print0("data: " + ", ".join(
@@ -76,7 +76,7 @@ def add_data_arg(p: argparse.ArgumentParser, default: str | None) -> None:
     said = default or f"on a GPU {DEFAULT_MIXTURE}, on a CPU {EMBEDDED}"
     p.add_argument("--data", default=default, help=(
         f"'{EMBEDDED}' (the Python standard library's text), a folder or file of .parquet/.jsonl/.txt, a hub dataset's "
-        f"name such as {DEFAULT_HUB}, or a mixture of such: WEIGHT*SOURCE,WEIGHT*SOURCE, the weights being shares of the "
+        f"name such as {DEFAULT_HUB} (with :CONFIGURATION where it has several), or a mixture of such: WEIGHT*SOURCE,WEIGHT*SOURCE, the weights being shares of the "
         'tokens. A .jsonl has {"text": ...} on each line, or a conversation: a list of {"role", "content"} or {"messages": '
         f'such a list}}, of which only what the assistant says is learnt (default: {said})'))
 
@@ -92,7 +92,9 @@ def default_data(device: str) -> str:
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description="Make the sources of a mixture ready for training.")
     add_data_arg(p, DEFAULT_MIXTURE)
-    for part in prepare_mixture(p.parse_args(argv).data):
+    add_skip_arg(p)
+    args = p.parse_args(argv)
+    for part in prepare_mixture(args.data, args.skip_bad_rows):
         print0(f"{'conversations' if is_chat(part) else 'text'} in {part.folder}")
 
 

@@ -55,8 +55,8 @@ class RowStream:
         # A text is tokenised in spans of so many characters: more than a row takes, whatever the text's size.
         self.span_chars = max(65_536, 8 * self.row_tokens)
         self.bos = tokenizer.get_bos_token_id()
-        listing = json.dumps([[p.name, p.stat().st_size] for p in self.shards])
-        self.data = hashlib.blake2b(listing.encode(), digest_size=16).hexdigest()  # which shards these are
+        self.listing = [[p.name, p.stat().st_size] for p in self.shards]
+        self.data = hashlib.blake2b(json.dumps(self.listing).encode(), digest_size=16).hexdigest()  # which shards these are
         self._check_share(folder)
         self.reset()
 
@@ -178,8 +178,11 @@ class RowStream:
     # --- where it stands
 
     def state(self) -> dict:
-        """The position, JSON-serialisable: some 25 bytes for each buffered piece (where it stands, not its tokens)."""
-        return {"epoch": self.epoch, "draws": self._draws, "next": list(self._next),
+        """
+        The position, JSON-serialisable: some 25 bytes for each buffered piece (where it stands, not its tokens), and the
+        shards, by which a later one can tell what has changed.
+        """
+        return {"epoch": self.epoch, "draws": self._draws, "next": list(self._next), "shards": self.listing,
                 "pieces": [list(address) for address, _ in self._pieces.values()]}
 
     def load_state(self, state: dict) -> None:
@@ -207,6 +210,35 @@ class RowStream:
         self.reset()
         self.epoch, *at = max((s["epoch"], *s["next"]) for s in states)
         self._next, self._draws = tuple(at), max(s["draws"] for s in states)
+
+    def changes(self, state: dict) -> str:
+        """What differs between the shards of a saved state and these, in words; empty where nothing does."""
+        if not isinstance(state.get("shards"), list):
+            return "the position is an earlier version's and does not say which shards it was saved for"
+        before, now = dict(map(tuple, state["shards"])), dict(map(tuple, self.listing))
+        words = [f"{name} is gone" for name in before if name not in now]
+        words += [f"{name} is new" for name in now if name not in before]
+        words += [f"{name} had {before[name]:,} bytes and has {now[name]:,}" for name in now
+                  if name in before and before[name] != now[name]]
+        return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
+
+    def nearest(self, state: dict) -> dict:
+        """
+        A state of other shards as one of these, as near as can be: the same row of the shard of the same name, or its end
+        where it is shorter now; where that shard is gone, the beginning of the next one by name.
+        """
+        shard, row, span = state["next"]
+        names = [name for name, _ in self.listing]
+        before = [name for name, _ in state["shards"]] if isinstance(state.get("shards"), list) else names
+        if shard >= len(before):  # the end
+            return {**state, "next": [len(names), 0, 0]}
+        at = bisect_left(names, before[shard])
+        if at == len(names) or names[at] != before[shard]:
+            return {**state, "next": [at, 0, 0]}
+        file = open_shard(self.shards[at])
+        rows = file.metadata.num_rows
+        file.close()
+        return {**state, "next": [at, row, span] if row < rows else [at + 1, 0, 0]}
 
     def _read_pieces(self, addresses: list[tuple[int, ...]]) -> dict[tuple[int, ...], np.ndarray]:
         """Address -> tokens, reading each row group that holds one of them once, tokenising a few spans at a time."""

@@ -1,6 +1,7 @@
 """
-The layout that all training data has on disk, read and written: one folder of *.parquet shards, one row a document. Sorted
-by name, the last shard is the validation split and the others are the training split (nanochat's layout).
+The layout that all training data has on disk, read and written: one folder of *.parquet shards, one row a document. Where
+their names say train, validation or test they are read so (nanochat.data.splits); else, sorted by name, the last shard is the
+validation split and the others are the training split (nanochat's layout).
 
 A document is a text, in a string column "text", or a conversation, in a column "messages": a JSON string of a list of
 {"role", "content"}, or, as hub datasets have it, a list of such structs. A folder holds one kind. Here both are strings:
@@ -8,20 +9,23 @@ a conversation is the JSON of its messages (nanochat.conversations reads it).
 """
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from nanochat.common import fsync_dir, get_rank
+from nanochat.common import WINDOWS, Progress, fsync_dir, get_rank
 from nanochat.conversations import plain_text
+from nanochat.data.files import arrow_place
+from nanochat.data.splits import choose
 
 EMBEDDED = "embedded"
 OTHER_SOURCES = f"give a local folder or file of .parquet, .jsonl or .txt, or --data {EMBEDDED} for the built-in text"
@@ -36,28 +40,35 @@ GROUP_CHARS, GROUP_DOCS = 2_000_000, 1024  # a row group is what a reader holds 
 
 def list_shards(folder: str | os.PathLike, split: str) -> list[Path]:
     """
-    Paths of a split's shards: "train" all but the last of the sorted *.parquet of `folder`, "val" the last.
-    Raises FileNotFoundError (no such folder, no shard in it) or ValueError (one shard only, unknown split).
+    Paths of a split's shards, of the sorted *.parquet of `folder`: "train" those that their names say are to train on, "val"
+    those that are to validate, or the last of the others. Raises FileNotFoundError (no such folder, no shard in it) or
+    ValueError (one shard only, none to train on, unknown split).
     """
     if split not in ("train", "val"):
         raise ValueError(f"unknown split '{split}': use train or val")
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no dataset folder {folder}: make it with python -m nanochat.dataset --data SOURCE")
-    shards = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
+    shards = {p.name: p for p in sorted(folder.glob("*.parquet")) if not p.name.startswith(".")}
     if not shards:
         raise FileNotFoundError(f"no .parquet shard in {folder}: fill it with python -m nanochat.dataset --data SOURCE")
-    if len(shards) < 2:
+    try:
+        train, val, _ = choose(list(shards))
+    except ValueError as e:
+        raise ValueError(f"{folder}: {e}") from e
+    if not val:
+        train, val = train[:-1], train[-1:]
+    if not train:
         raise ValueError(f"{folder} holds one shard, but the last is for validation and training needs another: give "
-                         f"that file itself to python -m nanochat.dataset --data {shards[0]}, which splits it")
-    return shards[:-1] if split == "train" else shards[-1:]
+                         f"that file itself to python -m nanochat.dataset --data {shards[val[0]]}, which splits it")
+    return [shards[name] for name in (train if split == "train" else val)]
 
 
 def open_shard(path: str | os.PathLike) -> pq.ParquetFile:
     """The open parquet file (close it). Raises ValueError naming a file that is not parquet or has no documents."""
     try:
-        file = pq.ParquetFile(path)
-    except FileNotFoundError:
+        file = pq.ParquetFile(arrow_place(path))
+    except (FileNotFoundError, PermissionError):
         raise
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f"{path} is not a readable parquet file ({first_line(e)}): remove or replace it") from e
@@ -79,8 +90,7 @@ def open_shard(path: str | os.PathLike) -> pq.ParquetFile:
 
 
 def _kind(file: pq.ParquetFile) -> str:
-    names = file.schema_arrow.names
-    return "chat" if "messages" in names and "text" not in names else "text"
+    return "chat" if "messages" in file.schema_arrow.names else "text"  # as a line of a .jsonl with both
 
 
 def shard_kind(path: str | os.PathLike) -> str:
@@ -92,7 +102,7 @@ def shard_kind(path: str | os.PathLike) -> str:
 def iter_shard(path: str | os.PathLike, start: int = 0, only: set[int] | None = None) -> Iterator[tuple[int, str]]:
     """
     (row, document) of a shard from row `start` on, or of the rows in `only`. Row groups without such a row are not read,
-    and never more than one is in memory. A null text is an empty one.
+    and never more than one is in memory. Null and blank documents are empty ones.
     """
     with contextlib.closing(open_shard(path)) as file:
         first, column = 0, COLUMNS[_kind(file)]
@@ -106,13 +116,19 @@ def iter_shard(path: str | os.PathLike, start: int = 0, only: set[int] | None = 
                     if row + len(batch) > start:
                         for r, document in enumerate(batch.column(0).to_pylist(), row):
                             if r >= start and (only is None or r in only):
-                                yield r, document if isinstance(document, str) else json.dumps(document) if document else ""
+                                yield r, _as_text(document)
                     row += len(batch)
                     if row >= last:
                         break
             except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
                 raise ValueError(f"{path} is damaged in row group {group} ({first_line(e)}): remove it or fetch it "
                                  "again") from e
+
+
+def _as_text(document: str | list | None) -> str:
+    if not document:
+        return ""
+    return json.dumps(document) if not isinstance(document, str) else document if not document.isspace() else ""
 
 
 def iter_texts(folder: str | os.PathLike, split: str, max_chars: int | None = None) -> Iterator[str]:
@@ -126,7 +142,7 @@ def iter_texts(folder: str | os.PathLike, split: str, max_chars: int | None = No
         for row, text in iter_shard(path):
             if left <= 0:
                 return
-            if kind == "chat":
+            if kind == "chat" and text:
                 text = plain_text(text, f"{path}, row {row}")
             if text:
                 yield text if len(text) <= left else text[:int(left)]
@@ -182,7 +198,8 @@ class ShardWriter:
         table = pa.table({self.column: pa.array(self._group, pa.string())})
         if self._file is None:
             self.paths.append(self.folder / self.pattern.format(len(self.paths)))
-            self._file, self._written = pq.ParquetWriter(self.paths[-1], table.schema, compression="zstd"), 0
+            place = arrow_place(self.paths[-1], "wb")
+            self._file, self._written = pq.ParquetWriter(place, table.schema, compression="zstd"), 0
         self._file.write_table(table)
         self._written += self._group_chars
         self._group, self._group_chars = [], 0
@@ -212,10 +229,30 @@ def write_layout(folder: Path, documents: Iterable[tuple[bool, str]], kind: str 
 @contextlib.contextmanager
 def locked(folder: Path):
     """One process at a time prepares `folder`; others wait, then find it ready. A killed one's lock goes with it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+    with _writable(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder.parent / f".{folder.name}.lock", mode=0o666)
+        try:
+            lock.acquire()
+        except NotImplementedError:  # a file system without locks: then two at once do the work twice
+            lock = None
+    try:
         yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+@contextlib.contextmanager
+def _writable(folder: Path):
+    """Says what to do where `folder` is to be made and may not be."""
+    try:
+        yield
+    except OSError as e:
+        if isinstance(e, PermissionError) or e.errno == errno.EROFS:
+            raise PermissionError(e.errno, f"{folder} cannot be written ({e.strerror}): set NANOCHAT_BASE_DIR to a folder "
+                                           "that can, or prepare the data as its owner") from e
+        raise
 
 
 def build(folder: Path, write: Callable[[Path], object]) -> Path:
@@ -227,7 +264,8 @@ def build(folder: Path, write: Callable[[Path], object]) -> Path:
             return folder
         tmp = folder.parent / f".{folder.name}.tmp"
         shutil.rmtree(tmp, ignore_errors=True)  # left by a killed process: the lock says nobody is in it
-        tmp.mkdir()
+        with _writable(folder):
+            tmp.mkdir()
         try:
             write(tmp)
             for path in tmp.iterdir():
@@ -243,6 +281,8 @@ def build(folder: Path, write: Callable[[Path], object]) -> Path:
 
 def fsync(path: Path) -> None:
     """On the disk before the rename, or a power cut could leave a whole-looking shard without its content."""
+    if WINDOWS:  # where only what is open for writing can be
+        return
     with open(path, "rb") as f:
         os.fsync(f.fileno())
 
@@ -253,9 +293,29 @@ def raise_if_full(e: BaseException, folder: Path) -> None:
                                "again") from e
 
 
-def progress(total: float | None, what: str) -> tqdm:
-    """A bar in bytes with speed and ETA, on rank 0 only."""
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=0.5, disable=get_rank()[0] != 0)
+class _Lines(Progress):
+    """Progress with tqdm's interface, for where there is no terminal: a line a minute, nothing of what takes less."""
+    def __init__(self, what: str, total: float | None):
+        super().__init__(what, total or 0, "bytes")
+        self.n = 0
+
+    def update(self, n: float) -> None:
+        self.n += n
+        self.step(n)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def progress(total: float | None, what: str) -> "tqdm | _Lines":
+    """Progress in bytes with speed and ETA, on rank 0 only: a bar on a terminal, else a line a minute."""
+    if not sys.stderr.isatty():
+        return _Lines(what, total)
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=0.5, delay=1, leave=False,
+                disable=get_rank()[0] != 0)
 
 
 def digest(text: str) -> int:

@@ -16,8 +16,9 @@ import torch
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat import mixture, step_checkpoint
-from nanochat.common import autodetect_device_type, get_compute_dtype, get_rank, print0
+from nanochat.common import autodetect_device_type, get_compute_dtype, get_rank, note_if_busy, print0
 from nanochat.dataloader import DataLoader
+from nanochat.dataset import add_skip_arg
 from nanochat.distributed import all_sum, everyone, gradient_norm, init_processes, local, reduce_whole
 from nanochat.loss_eval import PROBED
 from nanochat.matryoshka import block_cost
@@ -26,7 +27,7 @@ from nanochat.shards import EMBEDDED
 
 # Flags that say how a run is watched and kept, not what it computes: they may differ when it is resumed.
 WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log_every", "device", "compile", "checkpoint",
-            "export", "gradient_checkpointing", "max_skipped_steps"}
+            "export", "gradient_checkpointing", "max_skipped_steps", "skip_bad_rows", "accept_changed_data"}
 # Flags that follow from the number of processes: they may differ, as long as their product does not.
 SPLIT = {"device_batch_size"}
 
@@ -34,6 +35,10 @@ SPLIT = {"device_batch_size"}
 def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -> None:
     """The flags that every training script has. data: the default of --data; None: mixture.default_data's choice."""
     mixture.add_data_arg(p, data)
+    add_skip_arg(p)
+    p.add_argument("--accept-changed-data", action="store_true",
+                   help="resume although the data changed since the checkpoint, at the nearest position (default: an error "
+                        "that says what changed)")
     p.add_argument("--num-iterations", type=int, default=-1, help="optimizer steps (default: derived and printed)")
     p.add_argument("--device-batch-size", type=int, default=-1,
                    help="rows per forward pass of one process; lower it when memory runs out (default: 8 on a CPU, 32 on "
@@ -66,7 +71,7 @@ def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -
                         "compute, a fraction of the memory")
     p.add_argument("--max-skipped-steps", type=int, default=10,
                    help="a step whose loss or gradient is not finite is skipped; stop after so many in a row (default: 10)")
-    p.add_argument("--log-every", type=int, default=10, help="steps between progress lines (default: 10)")
+    p.add_argument("--log-every", type=int, default=10, help="steps between progress lines, off a terminal at most one a minute (default: 10)")
     p.add_argument("--compile", action="store_true",
                    help="compile each block: a slow start, then faster steps (needs a C++ compiler on a CPU)")
     p.add_argument("--fresh", action="store_true",
@@ -106,6 +111,8 @@ def derive_batch(args, sequence_len: int, folder: Path) -> tuple[torch.device, t
                          if rows % world == 0 else f"resume it with a number of processes that divides {rows}")
                          + ", or start over with --fresh")
     passes = args.total_batch_size // one_pass
+    if world == 1:
+        note_if_busy(torch.get_num_threads())
     print0(f"device {kind}, {torch.get_num_threads()} threads, compute dtype {str(dtype).removeprefix('torch.')}"
            + (f", {world} processes" if world > 1 else ""))
     print0(f"tokens per step {args.total_batch_size:,} = {args.device_batch_size} rows x {sequence_len} tokens x "
@@ -126,6 +133,8 @@ def _check_numbers(args) -> None:
             raise ValueError(f"{flag(name)} is {getattr(args, name)}; it is a share of the steps, from 0 to 1")
     for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
         check_rate(args, name)
+    if not -2**62 <= args.seed < 2**62:
+        raise ValueError(f"--seed is {args.seed}; it must be from -2^62 to 2^62")
 
 
 def check_rate(args, name: str) -> None:
@@ -242,8 +251,8 @@ class Run:
             self.path = step_checkpoint.path_of(self.folder, self.start)
             self.loader = [step_checkpoint.read_rank(self.path, r)["loader"] for r in range(self.meta["world"])]
             before = self.meta.get("settings", {})
-            if changed := sorted(k for k in before.keys() | self.settings.keys()
-                                 if before.get(k) != self.settings.get(k)):
+            if changed := sorted(k for k in before.keys() | self.settings.keys() if before.get(k) != self.settings.get(k)
+                                 and not (k == "data" and args.accept_changed_data)):
                 k = changed[0]
                 raise ValueError(f"{self.folder} holds a run with other settings ({', '.join(changed)}; {k} was "
                                  f"{before.get(k)!r}, now {self.settings.get(k)!r}): use the same flags to resume it, "
@@ -271,7 +280,8 @@ class Run:
         where = tokenizer, data, "train", self.args.device_batch_size, sequence_len, *get_rank(), device
         loader, fault = None, None
         try:
-            loader = DataLoader(*where, self.loader or data_from, seed=self.args.seed)
+            loader = DataLoader(*where, self.loader or data_from, seed=self.args.seed,
+                                accept_changed=self.args.accept_changed_data)
         except ValueError as e:
             fault = str(e)
         faults = [f for f in everyone(fault) if f]  # all ranks go on, or none: they read one text

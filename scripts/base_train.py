@@ -59,7 +59,7 @@ def main(argv=None):
         args.num_iterations = max(1, round(args.target_param_data_ratio * params["total"] / args.total_batch_size))
     print0(f"steps {args.num_iterations:,} = {args.num_iterations * args.total_batch_size / params['total']:.1f} "
            "tokens per parameter")
-    data = distributed.first_alone(lambda: prepare_mixture(args.data))
+    data = distributed.first_alone(lambda: prepare_mixture(args.data, args.skip_bad_rows))
 
     run = Run(folder, args, {"tokenizer": tokenizer.get_vocab_size(), "dtype": str(dtype)})
     torch.manual_seed(args.seed)

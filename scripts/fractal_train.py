@@ -211,7 +211,9 @@ def main(argv=None):
            + (f"; recipe {args.recipe}: {RECIPES[args.recipe]}" if args.sample_dim else ""))
     args.data = args.data or default_data(device.type)
     # an export of what is trained reads no text, but for the controls' prices
-    data = None if args.export and not args.controls else distributed.first_alone(lambda: prepare_mixture(args.data))
+    data = None
+    if not args.export or args.controls:
+        data = distributed.first_alone(lambda: prepare_mixture(args.data, args.skip_bad_rows))
 
     source = distributed.everyone(ckpt.sha256(file) if rank == 0 else None)[0]
     run = Run(folder, args, {"source_sha256": source, "dtype": str(dtype), "phase": phase})

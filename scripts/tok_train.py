@@ -11,7 +11,7 @@ import tiktoken
 import tiktoken.load
 
 from nanochat.common import cli, get_base_dir, print0
-from nanochat.dataset import DEFAULT_HUB, prepare
+from nanochat.dataset import DEFAULT_HUB, add_skip_arg, prepare
 from nanochat.hub import DEFAULT_SHARDS
 from nanochat.shards import EMBEDDED, iter_texts
 from nanochat.tokenizer import Tokenizer, check_vocab_size, cut_spaces
@@ -28,6 +28,7 @@ def parse_args(argv) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=8192, help="number of ids, the nine special tokens included")
     parser.add_argument("--max-chars", type=int, default=2_000_000_000,
                         help="characters of the training split to learn from")
+    add_skip_arg(parser)
     parser.add_argument("--out", type=Path, help="folder to write (default: tokenizer in NANOCHAT_BASE_DIR)")
     return parser.parse_args(argv)
 
@@ -52,7 +53,7 @@ def main(argv=None) -> None:
     if args.max_chars < 1:
         raise ValueError(f"--max-chars {args.max_chars} leaves no text: give at least 1")
     out = args.out or get_base_dir() / "tokenizer"
-    folder = prepare(args.data, num_shards=args.num_shards)
+    folder = prepare(args.data, num_shards=args.num_shards, skip_bad_rows=args.skip_bad_rows)
     start = time.perf_counter()
     tokenizer = Tokenizer.train_from_iterator(iter_texts(folder, "train", args.max_chars), args.vocab_size)
     seconds = time.perf_counter() - start
