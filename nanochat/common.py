@@ -183,8 +183,9 @@ def note_if_busy(threads: int) -> None:
     """
     cores, busy = os.cpu_count() or 1, busy_cores() if threads > 1 else 0
     if busy and busy + threads > cores + 0.5:
-        print0(f"note: other processes keep {busy:.1f} of {cores} cores busy, and {threads} threads that wait for each other "
-               f"can then be many times slower than fewer: try OMP_NUM_THREADS={max(1, int(cores - busy))}")
+        print0(f"note: other processes keep {busy:.1f} of {cores} cores busy, and {threads} threads that wait for "
+               "each other can then be many times slower than fewer: try "
+               f"OMP_NUM_THREADS={max(1, int(cores - busy))}")
 
 
 _ROOT = Path(__file__).resolve().parent.parent  # of the package and its scripts

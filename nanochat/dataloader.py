@@ -131,7 +131,7 @@ class DataLoader:
         return {"identity": self.identity, "rows": self.rows, "draws": self._draws,
                 "sources": [stream.state() for stream in self.streams]}
 
-    def _load_state(self, state: dict | list[dict], accept_changed: bool) -> None:
+    def _load_state(self, state: dict | list[dict], accept_changed: bool = False) -> None:
         states = state if isinstance(state, list) else [state]
         if not states or not all(isinstance(s, dict) and isinstance(s.get("identity"), dict) for s in states):
             raise ValueError("this is no data loader state: start without one")

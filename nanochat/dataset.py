@@ -296,8 +296,8 @@ def _convert(folder: Path, path: Path, files: list[Path], validating: set[Path],
     else:
         write_layout(folder, documents(), kind)
         if 0 in seen:
-            raise ValueError(f"{path} holds no document to {'validate' if seen[0] else 'train'} on, in the files whose names "
-                             "say so: add text there")
+            raise ValueError(f"{path} holds no document to {'validate' if seen[0] else 'train'} on, in the files whose "
+                             "names say so: add text there")
     if faults:
         print0(f"left out {len(faults):,} rows of {path} that cannot be used; the first is {faults[0]}")
 

@@ -76,7 +76,8 @@ def add_data_arg(p: argparse.ArgumentParser, default: str | None) -> None:
     said = default or f"on a GPU {DEFAULT_MIXTURE}, on a CPU {EMBEDDED}"
     p.add_argument("--data", default=default, help=(
         f"'{EMBEDDED}' (the Python standard library's text), a folder or file of .parquet/.jsonl/.txt, a hub dataset's "
-        f"name such as {DEFAULT_HUB} (with :CONFIGURATION where it has several), or a mixture of such: WEIGHT*SOURCE,WEIGHT*SOURCE, the weights being shares of the "
+        f"name such as {DEFAULT_HUB} (with :CONFIGURATION where it has several), "
+        "or a mixture of such: WEIGHT*SOURCE,WEIGHT*SOURCE, the weights being shares of the "
         'tokens. A .jsonl has {"text": ...} on each line, or a conversation: a list of {"role", "content"} or {"messages": '
         f'such a list}}, of which only what the assistant says is learnt (default: {said})'))
 

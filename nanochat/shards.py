@@ -1,7 +1,7 @@
 """
-The layout that all training data has on disk, read and written: one folder of *.parquet shards, one row a document. Where
-their names say train, validation or test they are read so (nanochat.data.splits); else, sorted by name, the last shard is the
-validation split and the others are the training split (nanochat's layout).
+The layout that all training data has on disk, read and written: one folder of *.parquet shards, one row a
+document. Where their names say train, validation or test they are read so (nanochat.data.splits); else, sorted by
+name, the last shard is the validation split and the others are the training split (nanochat's layout).
 
 A document is a text, in a string column "text", or a conversation, in a column "messages": a JSON string of a list of
 {"role", "content"}, or, as hub datasets have it, a list of such structs. A folder holds one kind. Here both are strings:

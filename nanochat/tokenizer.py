@@ -120,7 +120,8 @@ class Tokenizer:
         trainer = rustbpe.Tokenizer()
         # rustbpe holds buffer_size texts at a time: in pieces of 64k characters that is 64 MB, whatever the documents.
         pieces = (text[a:b] for text in text_iterator for a, b in split_text(text, 65_536))
-        trainer.train_from_iterator(_count_pairs(pieces), vocab_size - len(SPECIAL_TOKENS), buffer_size=1024, pattern=SPLIT_PATTERN)
+        trainer.train_from_iterator(_count_pairs(pieces), vocab_size - len(SPECIAL_TOKENS), buffer_size=1024,
+                                    pattern=SPLIT_PATTERN)
         return cls([bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])])
 
     @classmethod

@@ -71,7 +71,8 @@ def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -
                         "compute, a fraction of the memory")
     p.add_argument("--max-skipped-steps", type=int, default=10,
                    help="a step whose loss or gradient is not finite is skipped; stop after so many in a row (default: 10)")
-    p.add_argument("--log-every", type=int, default=10, help="steps between progress lines, off a terminal at most one a minute (default: 10)")
+    p.add_argument("--log-every", type=int, default=10,
+                   help="steps between progress lines, off a terminal at most one a minute (default: 10)")
     p.add_argument("--compile", action="store_true",
                    help="compile each block: a slow start, then faster steps (needs a C++ compiler on a CPU)")
     p.add_argument("--fresh", action="store_true",

@@ -223,7 +223,8 @@ def test_all_ranks_go_on_or_none(tok, folder, monkeypatch, capsys):
     """Where one rank cannot go on behind the phase before, no other may: their shares would be of two readings."""
     before = DataLoader(tok, folder, "train", 2, 40, seed=5)
     next(before)
-    run = SimpleNamespace(args=SimpleNamespace(device_batch_size=2, seed=5), loader=None, meta=None)
+    run = SimpleNamespace(args=SimpleNamespace(device_batch_size=2, seed=5, accept_changed_data=False),
+                          loader=None, meta=None)
     loader = training.Run._open_data(run, tok, folder, 40, "cpu", [before.state()])
     assert loader.rows == 2 and "the data goes on behind the 80 tokens" in capsys.readouterr().out
     monkeypatch.setattr(training, "everyone", lambda value: [value, "rank 1 cannot"])

@@ -107,7 +107,8 @@ def checked(folder: Path, shards: list[Path], base_data: Path, skip_bad_rows: bo
     row = min(reasons)
     first = f"{path}, row {row}: {reasons[row]}"
     if not skip_bad_rows:
-        raise ValueError(f"{first} ({count:,} of {rows:,} rows of {folder} cannot be used): mend or replace the file, {SKIP}")
+        raise ValueError(f"{first} ({count:,} of {rows:,} rows of {folder} cannot be used): mend or replace the "
+                         f"file, {SKIP}")
     if count == rows:
         raise ValueError(f"{first}; no row of {folder} can be used: give another source")
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards]

@@ -53,7 +53,10 @@ def find_data(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 @contextlib.contextmanager
 def open_data(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """(the file's bytes, decompressed; how many bytes of the file itself were read so far). ValueError where it is damaged."""
+    """
+    (the file's bytes, decompressed; how many bytes of the file itself were read so far). ValueError where it is
+    damaged.
+    """
     with open(path, "rb") as raw:
         if path.suffix not in PACKED:
             yield raw, raw.tell
