@@ -10,6 +10,7 @@ A step's meta file is written last and marks the checkpoint as whole. Every file
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -78,10 +79,15 @@ def load_torch(path: Path, without_data: bool = False):
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}")
     try:
+        str(path).encode()
+        place, mmap = path, True
+    except UnicodeEncodeError:  # torch maps no file whose name is not UTF-8
+        place, mmap = io.BytesIO(Path(path).read_bytes()), False
+    try:
         if without_data:
             with FakeTensorMode():
-                return torch.load(path, weights_only=True)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(place, weights_only=True)
+        return torch.load(place, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as e:
         raise ValueError(f"{path} is refused: it is damaged or holds more than tensors ({_line(e)}); "
                          "use a checkpoint from a source you trust") from e

@@ -206,7 +206,8 @@ def _is_foreseen(e: BaseException) -> bool:
 
 def _is_out_of_memory(e: BaseException) -> bool:
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(e, RuntimeError) and ("can't allocate memory" in str(e) or "out of memory" in str(e)))
+        isinstance(e, RuntimeError) and any(words in str(e) for words in (
+            "can't allocate memory", "out of memory", "Storage size calculation overflowed", "numel: integer multiplication")))
 
 
 def _keep_traceback(e: BaseException) -> str:
@@ -233,6 +234,8 @@ def describe_error(e: BaseException) -> str:
         if _is_out_of_memory(e):
             text = (f"out of memory ({text}): make it smaller, as by a lower --device-batch-size, a shorter context, or "
                     "--gradient-checkpointing in training")
+        elif isinstance(e, OverflowError) or "Overflow when unpacking" in text:
+            text = f"a number is out of range ({text}): give a smaller one"
         else:
             text = f"unexpected {type(e).__name__}: {text} -- please report it with {_keep_traceback(e)}"
     return "error: " + " ".join(str(text).split())

@@ -249,7 +249,8 @@ def _is_layout(path: Path, chosen: Chosen) -> bool:
     return (train, val) == (chosen.train, chosen.val) if chosen.val else train + val == chosen.train
 
 
-def _prepare_local(path: Path, base_data: Path, skip_bad_rows: bool) -> Path:
+def _prepare_local(path: Path, base_data: Path | None, skip_bad_rows: bool) -> Path:
+    """The folder of shards of a local source. base_data: None where nothing can be made, which is then an error."""
     path = user_path(path).resolve()
     chosen = _local_files(path)
     if chosen.left_out:
@@ -259,6 +260,7 @@ def _prepare_local(path: Path, base_data: Path, skip_bad_rows: bool) -> Path:
     kind = _one_kind(files)
     if _is_layout(path, chosen):  # used where it lies
         return checked(path, list_shards(path, "train") + list_shards(path, "val"), base_data, skip_bad_rows)
+    base_data = base_data or get_base_dir() / "base_data"
     stats = [(f.relative_to(root).as_posix(), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     tag = hashlib.blake2b(repr((LAYOUT_VERSION, str(path), stats, chosen.val)).encode(), digest_size=8).hexdigest()
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.name).strip(".") or "local"
@@ -337,11 +339,16 @@ def prepare(source: str = EMBEDDED, num_shards: int = DEFAULT_SHARDS, workers: i
     and counts, the rows that cannot be used, such as malformed conversations, which are an error else.
     Raises FileNotFoundError, ValueError, ConnectionError or OSError, in one line with the remedy.
     """
-    base_data = Path(base_dir or get_base_dir()) / "base_data"
     source = os.fspath(source)
-    if source == EMBEDDED:
+    path = user_path(source) if source != EMBEDDED else None
+    try:
+        base_data = Path(base_dir or get_base_dir()) / "base_data"
+    except (OSError, ValueError):
+        if path is None or not path.is_dir():
+            raise
+        base_data = None  # shards can be used where they lie
+    if path is None:
         return _prepare_embedded(base_data)
-    path = user_path(source)
     if path.exists():
         return _prepare_local(path, base_data, skip_bad_rows)
     if source.startswith((".", "/", "~")) or kind_of(source):

@@ -44,22 +44,34 @@ def _load(compiler: str) -> ctypes.CDLL:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=TIMEOUT).stdout
     sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
     made_from = "\0".join([*sources, version, *FLAGS, _cpu()])
-    key, folder = _hash(made_from.encode()), get_base_dir() / "native"
-    for path in folder.glob(f"decode-{key}-*.so"):
+    key, folder = _hash(made_from.encode()), _kept()
+    for path in folder.glob(f"decode-{key}-*.so") if folder else ():
         if path.stem.rpartition("-")[2] == _hash(path.read_bytes()):
             return ctypes.CDLL(str(path))
         path.unlink(missing_ok=True)
-    print0("compiling the operators of CPU decoding, which are kept for the next time (about 10 s)")
-    folder.mkdir(exist_ok=True)
+    print0("compiling the operators of CPU decoding" + (", which are kept for the next time" if folder else "")
+           + " (about 10 s)")
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         parts = [str(Path(tmp) / name) for name in ("decode.o", "decode.so")]
         runtime = _openmp_runtime()
         for command in ([compiler, *FLAGS, "-c", str(SOURCE), "-o", parts[0]],
                         [compiler, "-shared", parts[0], *([runtime] if runtime else ["-fopenmp"]), "-o", parts[1]]):
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT)
+        if folder is None:
+            return ctypes.CDLL(parts[1])  # what is loaded needs its file no more
         path = folder / f"decode-{key}-{_hash(Path(parts[1]).read_bytes())}.so"
         os.replace(parts[1], path)
     return ctypes.CDLL(str(path))
+
+
+def _kept() -> Path | None:
+    """Where compiled operators are kept; None where nothing can be: on a read-only disk, without a home folder."""
+    try:
+        folder = get_base_dir() / "native"
+        folder.mkdir(exist_ok=True)
+    except (OSError, ValueError):
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _hash(data: bytes) -> str:

@@ -139,9 +139,9 @@ def _check_numbers(args) -> None:
 
 
 def check_rate(args, name: str) -> None:
-    """ValueError for a rate or weight that is negative or not finite."""
-    if not 0 <= getattr(args, name) < math.inf:
-        raise ValueError(f"{flag(name)} is {getattr(args, name)}; it must be a finite number, 0 or more")
+    """ValueError for a rate or weight that is negative, not finite, or more than fp32 holds."""
+    if not 0 <= getattr(args, name) <= 1e30:
+        raise ValueError(f"{flag(name)} is {getattr(args, name)}; it must be a finite number, 0 or more (and at most 1e30)")
 
 
 def flag(name: str) -> str:

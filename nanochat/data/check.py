@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat import conversations
-from nanochat.common import atomic_write, print0
+from nanochat.common import atomic_write, get_base_dir, print0
 from nanochat.data.files import arrow_place
 from nanochat.shards import COLUMNS, build, first_line, open_shard, progress, shard_kind
 
@@ -32,13 +32,13 @@ class Faults(NamedTuple):
     bad: dict[int, str]
 
 
-def find_faults(shards: list[Path], base_data: Path) -> dict[Path, Faults]:
+def find_faults(shards: list[Path], base_data: Path | None) -> dict[Path, Faults]:
     """
     The faults of each shard, from memory where neither its size nor its time has changed since it was looked through.
     Raises ValueError where one is no shard at all.
     """
-    memory = base_data / "checked" / (hashlib.blake2b(repr(shards[0].parent.resolve()).encode(), digest_size=8).hexdigest()
-                                      + ".json")
+    name = hashlib.blake2b(repr(shards[0].parent.resolve()).encode(), digest_size=8).hexdigest()
+    memory = None if base_data is None else base_data / "checked" / f"{name}.json"
     known, found = _recall(memory), {}
     stats = {path: [path.stat().st_size, path.stat().st_mtime_ns] for path in shards}
     for path in shards:
@@ -50,15 +50,15 @@ def find_faults(shards: list[Path], base_data: Path) -> dict[Path, Faults]:
         with progress(sum(stats[path][0] for path in new), f"checking {shards[0].parent.name}") as bar:
             for path in new:
                 found[path] = _look_through(path, bar)
-    if new and time.perf_counter() - start >= REMEMBER_SECONDS:
+    if new and memory and time.perf_counter() - start >= REMEMBER_SECONDS:
         entries = {path.name: {"stat": stats[path], "rows": found[path].rows, "bad": found[path].bad} for path in shards}
         with contextlib.suppress(OSError), atomic_write(memory, "w") as f:  # on a read-only disk it is done anew each time
             json.dump({"version": VERSION, "shards": entries}, f)
     return found
 
 
-def _recall(memory: Path) -> dict:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+def _recall(memory: Path | None) -> dict:
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         known = json.loads(memory.read_text())
         if known.get("version") == VERSION and all(isinstance(e, dict) and {"stat", "rows", "bad"} <= e.keys()
                                                    for e in known["shards"].values()):
@@ -93,7 +93,7 @@ def _faults_of_group(file: pq.ParquetFile, group: int, kind: str, row: int) -> I
         row += len(batch)
 
 
-def checked(folder: Path, shards: list[Path], base_data: Path, skip_bad_rows: bool) -> Path:
+def checked(folder: Path, shards: list[Path], base_data: Path | None, skip_bad_rows: bool) -> Path:
     """
     `folder`, once no row of its shards has a fault; with skip_bad_rows else a folder of base_data that holds the same shards
     without those rows. ValueError for a row that cannot be used.
@@ -122,7 +122,7 @@ def checked(folder: Path, shards: list[Path], base_data: Path, skip_bad_rows: bo
                 _link(path.resolve(), tmp / path.name)
     print0(f"left out {count:,} of {rows:,} rows of {folder} that cannot be used; the first is {first}")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.name).strip(".") or "local"
-    return build(base_data / f"{name}-{tag}-skipped", write)
+    return build((base_data or get_base_dir() / "base_data") / f"{name}-{tag}-skipped", write)
 
 
 def _write_without(path: Path, bad: set[int], target: Path) -> None:
