@@ -25,6 +25,7 @@ from nanochat.matryoshka import prompt_flops, token_flops
 from nanochat.native import library
 from nanochat.sampling import check_settings, draw_tokens
 from nanochat.speculative import MAX_DRAFT, Draft, Record, Round, Speculation, candidates, round_flops
+from nanochat.tool_use import ToolUse
 
 
 def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None) -> None:
@@ -109,7 +110,7 @@ class Engine:
                draft: int | None = None) -> Iterator[list[tuple[int, int]]]:
         """
         Yields, a step at a time, [(row, token id), ...] of the rows that are still going; a row ends after max_tokens
-        or before a token in `stop`.
+        or before a token in `stop`. Where a row calls the calculator, its result is forced into the row (tool_use.py).
 
         mode: a mode name or width (None: full) for all rows, or a list with one per row; 'auto' for all: the predictor
         picks each row's widths, the gate each token's exit and when a row expands.
@@ -170,6 +171,8 @@ class Engine:
             if control is not None:
                 widths = control.plan(prompts, cache.run_alone())
         self.traces = [Trace(len(p), tuple(w), control is not None) for p, w in zip(prompts, widths.tolist())]
+        tools = [ToolUse(self.tokenizer) for _ in prompts] if self.tokenizer is not None else None
+        calls = {tools[0].end} if tools else set()  # a token after which others may be forced
         self.speculation = None
         if lossless:
             self.speculation = Speculation(self.record, drafts, draft, settings, self.traces)
@@ -213,9 +216,11 @@ class Engine:
                 return None
             look()
             r, began = live[0], time.perf_counter()
+            if tools and tools[r].forced:
+                return None
             new = text[r][-1:] if cache.pos[0] else text[r]  # the prompt in the same call
-            out = cache.greedy(new, min(left[r], length - cache.pos[0] - len(new) + 1, self._pace), stop, levels, leave,
-                               control and control.bar(levels))
+            out = cache.greedy(new, min(left[r], length - cache.pos[0] - len(new) + 1, self._pace), stop | calls, levels,
+                               leave, control and control.bar(levels))
             if out is None:
                 return None
             tokens, left_at, undecided = out
@@ -245,6 +250,8 @@ class Engine:
         while live:
             stay, kept = [], [[] for _ in live]
             for i, (r, tokens) in enumerate(zip(live, chosen)):
+                if tools:
+                    tokens = tools[r].next(tokens)
                 for token in tokens:
                     if lossless:
                         self.traces[r].steps.append((n_block, self.traces[r].widths))
@@ -252,6 +259,8 @@ class Engine:
                         break
                     kept[i].append(token)
                     text[r].append(token)
+                    if tools:
+                        tools[r].wrote(token)
                     left[r] -= 1
                     if left[r] == 0:
                         break
@@ -288,7 +297,8 @@ class Engine:
                 own = [generators[r] for r in live]
                 if lossless:
                     last = torch.tensor([text[r][-1:] for r in live], device=device)
-                    chosen = self.speculation(cache, live, last, own, max(left[r] for r in live))
+                    ends = [calls if not tools or not tools[r].forced else None for r in live]
+                    chosen = self.speculation(cache, live, last, own, max(left[r] for r in live), ends)
                 else:
                     chosen = following(own)
 
