@@ -107,7 +107,7 @@ class Engine:
     def stream(self, prompts: list[list[int]], max_tokens: int, mode=None, depth=None, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Iterable[int] = (),
                overflow: str = "stop", budget: float | None = None, control=None, lossless: bool = False,
-               draft: int | None = None) -> Iterator[list[tuple[int, int]]]:
+               draft: int | None = None, allowed: list[list[int]] | None = None) -> Iterator[list[tuple[int, int]]]:
         """
         Yields, a step at a time, [(row, token id), ...] of the rows that are still going; a row ends after max_tokens
         or before a token in `stop`. Where a row calls the calculator, its result is forced into the row (tool_use.py).
@@ -122,6 +122,7 @@ class Engine:
         lossless: full width and depth decide every token, in fp32 the same tokens (greedy) or the same distribution as
         without mode and depth; these now say how tokens are drafted, the same for all rows (None or 'auto': chosen by
         what it has brought). draft: tokens drafted at a time, 1 to 8 (None: as many as pay, or none).
+        allowed: for each row the only tokens that may be drawn (the letters of a multiple choice, say); not with lossless.
         ValueError for an empty prompt, one that leaves no room, or options out of range.
         """
         model, n = self.model, len(prompts)
@@ -138,6 +139,8 @@ class Engine:
         for d in depths:
             if d is not None and not 1 <= d <= n_block:
                 raise ValueError(f"depth {d} is out of range: this model has {n_block} blocks")
+        if allowed is not None and lossless:
+            raise ValueError("drafts know nothing of allowed tokens: decode without lossless")
         if lossless:
             drafts = self._drafts(modes, depths, budget, control, draft)
             modes, depths = [None] * n, [None] * n
@@ -212,7 +215,7 @@ class Engine:
             A single row's next tokens in one call, about as many as fit in 20 ms, judging by the last call; a short prompt
             runs in the same call. None where that cannot be done: decoding must be greedy.
             """
-            if len(live) > 1 or temperature or (control is not None and control.bar is None):
+            if len(live) > 1 or temperature or allowed is not None or (control is not None and control.bar is None):
                 return None
             look()
             r, began = live[0], time.perf_counter()
@@ -233,8 +236,14 @@ class Engine:
                 self._pace = 1 + int(0.02 * len(tokens) / (time.perf_counter() - began))
             return [tokens]
 
+        def drawn(h, own):
+            logits = model.logits(h)
+            if allowed is not None:
+                logits = _only(logits, [allowed[r] for r in live])
+            return [[t] for t in draw_tokens(logits, settings, own)]
+
         def following(own):
-            return several() or [[t] for t in draw_tokens(model.logits(step()), settings, own)]
+            return several() or drawn(step(), own)
         with torch.inference_mode():
             if not lossless and (chosen := several()):
                 pass  # the prompt and its first token are done
@@ -242,7 +251,7 @@ class Engine:
                 h = self._prefill(text, widths, cache)[torch.arange(n), [len(t) - 1 for t in text]]
                 for trace in self.traces if not lossless else ():  # whose steps are appended as its tokens come
                     trace.steps.append((n_block, trace.widths))
-                chosen = [[t] for t in draw_tokens(model.logits(h), settings, generators)]
+                chosen = drawn(h, generators)
             else:
                 if max(map(len, text)) > 1:  # prompts go no deeper than their answers
                     cache.hold(*self._padded([t[:-1] for t in text]), model.resolve_widths(widths))
@@ -342,6 +351,14 @@ class Engine:
         for token in tokens:
             yield decoder.decode(self.tokenizer.id_to_bytes(token))
         yield decoder.decode(b"", final=True)
+
+
+def _only(logits: torch.Tensor, allowed: list[list[int]]) -> torch.Tensor:
+    """Logits (B, V) with minus infinity on all but each row's allowed tokens."""
+    out = torch.full_like(logits, float("-inf"))
+    for row, tokens in enumerate(allowed):
+        out[row, tokens] = logits[row, tokens]
+    return out
 
 
 def _per_row(value, n: int, what: str) -> list:
