@@ -107,7 +107,8 @@ class Engine:
     def stream(self, prompts: list[list[int]], max_tokens: int, mode=None, depth=None, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Iterable[int] = (),
                overflow: str = "stop", budget: float | None = None, control=None, lossless: bool = False,
-               draft: int | None = None, allowed: list[list[int]] | None = None) -> Iterator[list[tuple[int, int]]]:
+               draft: int | None = None, allowed: list[list[int]] | None = None,
+               ended: set[int] | None = None) -> Iterator[list[tuple[int, int]]]:
         """
         Yields, a step at a time, [(row, token id), ...] of the rows that are still going; a row ends after max_tokens
         or before a token in `stop`. Where a row calls the calculator, its result is forced into the row (tool_use.py).
@@ -123,6 +124,7 @@ class Engine:
         without mode and depth; these now say how tokens are drafted, the same for all rows (None or 'auto': chosen by
         what it has brought). draft: tokens drafted at a time, 1 to 8 (None: as many as pay, or none).
         allowed: for each row the only tokens that may be drawn (the letters of a multiple choice, say); not with lossless.
+        ended: rows that the caller adds to this set end before their next token.
         ValueError for an empty prompt, one that leaves no room, or options out of range.
         """
         model, n = self.model, len(prompts)
@@ -259,6 +261,8 @@ class Engine:
         while live:
             stay, kept = [], [[] for _ in live]
             for i, (r, tokens) in enumerate(zip(live, chosen)):
+                if ended and r in ended:
+                    continue
                 if tools:
                     tokens = tools[r].next(tokens)
                 for token in tokens:

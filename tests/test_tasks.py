@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import randomize
 
-from nanochat.checkpoint_manager import build_model, save_export
 from nanochat.chat import check_chats, fit, visible_text
+from nanochat.checkpoint_manager import build_model, save_export
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.hybrid_gpt import HybridConfig
@@ -43,7 +43,7 @@ def test_the_right_answer_is_right_and_another_is_wrong(name, tokenizer):
     for conversation in task:
         answer = text_of(conversation["messages"][-1]["content"])
         assert task.evaluate(conversation, answer) and not task.evaluate(conversation, "I do not know.")
-        ids, mask = tokenizer.render_conversation(conversation)
+        _, mask = tokenizer.render_conversation(conversation)
         assert sum(mask) > 0
         if task.kind == "categorical":
             assert answer in conversation["letters"] and len(letter_ids(tokenizer, conversation)) == 4
@@ -64,7 +64,7 @@ def test_calls_in_a_solution_become_tool_calls():
 
 def test_spelling_problems_of_train_and_test_differ_and_repeat_in_every_run():
     train, test = make("SpellingBee", "train"), make("SpellingBee", "test")
-    assert [c for c in train] == [c for c in make("SpellingBee", "train")] and train[0] != test[0]
+    assert list(train) == list(make("SpellingBee", "train")) and train[0] != test[0]
 
 
 def test_rows_come_from_the_hubs_files_or_a_jsonl(tmp_path):
