@@ -118,7 +118,7 @@ def refuse_by_audit(work: str) -> None:
     sys.addaudithook(hook)
 
 
-def main() -> None:
+def run() -> None:
     request = json.loads(sys.stdin.buffer.read())
     program, nonce = request["program"], request["nonce"]
     limit_resources(request["seconds"], request["bytes"], request["file_bytes"])
@@ -140,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run()
