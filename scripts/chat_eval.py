@@ -16,7 +16,7 @@ from pathlib import Path
 from nanochat import checkpoint_manager as ckpt
 from nanochat.chat import check_chats
 from nanochat.common import autodetect_device_type, cli, get_base_dir, get_rank, print0
-from nanochat.confidence_probe import check_trained
+from nanochat.confidence_probe import check_trained, is_trained
 from nanochat.distributed import everyone, first_alone, init_processes, leave
 from nanochat.engine import Engine, prepare_inference
 from nanochat.tasks import BENCHMARKS, make
@@ -71,7 +71,7 @@ def chosen_computes(args, model) -> list[Compute]:
     """What --modes, --budget and --lossless ask for. ValueError for a mode that the model does not have."""
     if args.modes == "all":
         names = list(model.config.distinct_modes)
-        if hasattr(model, "predictor") and bool(model.gate.c_proj.weight.any()):
+        if is_trained(model):
             names.append("auto")
     else:
         names = [name.strip() for name in args.modes.split(",")]

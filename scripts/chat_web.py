@@ -25,7 +25,7 @@ from nanochat import checkpoint_manager as ckpt
 from nanochat import serving
 from nanochat.chat import check_chats, fit, visible_text
 from nanochat.common import autodetect_device_type, cli, print0
-from nanochat.confidence_probe import Controls, check_trained
+from nanochat.confidence_probe import Controls, check_trained, is_trained
 from nanochat.engine import prepare_inference
 from nanochat.speculative import candidates
 from nanochat.tasks.evaluate import Compute
@@ -68,8 +68,7 @@ class Server:
     def __init__(self, worker: serving.Worker, name: str, timeout: float):
         self.worker, self.name, self.timeout, self.began = worker, name, timeout, time.time()
         self.config = worker.model.config
-        self.auto = hasattr(worker.model, "gate") and bool(worker.model.gate.c_proj.weight.any())
-        self.modes = [*self.config.distinct_modes, *(["auto"] if self.auto else [])]
+        self.modes = [*self.config.distinct_modes, *(["auto"] if is_trained(worker.model) else [])]
 
     def compute(self, body: Sampled) -> Compute:
         """ValueError, before anything is queued, for a mode, budget or combination that the model does not have."""

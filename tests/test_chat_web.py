@@ -193,6 +193,17 @@ def test_pages_and_health(server):
     assert client(server).models.list().data[0].id == "tiny"
 
 
+def test_the_page_offers_auto_only_where_gate_and_predictor_are_trained(model, tokenizer):
+    worker = serving.Worker(model, tokenizer)
+    assert "auto" in chat_web.Server(worker, "tiny", 60).modes
+    weight = model.predictor.out_weight.clone()
+    model.predictor.out_weight.zero_()
+    try:
+        assert chat_web.Server(worker, "tiny", 60).modes == [*model.config.distinct_modes]
+    finally:
+        model.predictor.out_weight.copy_(weight)
+
+
 def test_a_port_in_use_is_named(server, model, tokenizer, tmp_path, capsys):
     save_export(tmp_path / "m", model, tokenizer, {"tag": "t", "provenance": {}})
     port = server[0].rpartition(":")[2]

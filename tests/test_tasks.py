@@ -1,4 +1,5 @@
 """Tasks: what their conversations are, how answers are judged, where rows come from; and chat_eval over all of them."""
+import argparse
 import json
 
 import pyarrow as pa
@@ -225,6 +226,21 @@ def test_the_command_scores_every_mode_and_resumes(checkpoint, tmp_path, capsys,
     monkeypatch.setattr(Judge, "run", lambda self, task, indices: iter(() if not indices else 1 / 0))
     again = chat_eval.main(argv)  # nothing is left to be judged
     assert [r["scores"] for r in again["rows"]] == [r["scores"] for r in result["rows"]]
+
+
+def test_auto_is_offered_only_where_gate_and_predictor_are_trained(model):
+    """A training stage trains the gate along, but the predictor is --controls' alone."""
+    modes = [*model.config.distinct_modes]
+    args = argparse.Namespace(modes="all", budget=None, lossless=False)
+    assert [c.mode for c in chat_eval.chosen_computes(args, model)] == [*modes, "auto"]
+    weight = model.predictor.out_weight.detach().clone()
+    with torch.no_grad():
+        model.predictor.out_weight.zero_()
+    try:
+        assert [c.mode for c in chat_eval.chosen_computes(args, model)] == modes
+    finally:
+        with torch.no_grad():
+            model.predictor.out_weight.copy_(weight)
 
 
 @pytest.mark.parametrize("argv, words", [
