@@ -3,6 +3,7 @@ A conversation as a chat program sees it: whether a model can chat at all, what 
 answer as text, without the tokens that only mark its parts.
 """
 import codecs
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -25,6 +26,11 @@ def check_chats(model, tokenizer) -> None:
                          "it, or train it on conversations first")
 
 
+def stop_tokens(tokenizer) -> set[int]:
+    """The tokens that end an answer: the assistant's end, and the beginning of another document."""
+    return {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
+
+
 def fit(tokenizer, messages: list[dict], room: int) -> tuple[list[int], int]:
     """
     (ids that end in <|assistant_start|>, how many of the oldest messages were dropped for them to fit into `room` tokens).
@@ -32,14 +38,18 @@ def fit(tokenizer, messages: list[dict], room: int) -> tuple[list[int], int]:
     ValueError where the last message alone does not fit.
     """
     system = messages[:1] if messages[0]["role"] == "system" else []
-    turns, dropped = messages[len(system):], 0
-    while True:
-        ids = tokenizer.render_for_completion({"messages": [*system, *turns, {"role": "assistant", "content": ""}]})
-        if len(ids) <= room:
-            return ids, dropped
-        if len(turns) <= 1:
-            raise ValueError(f"the message has {len(ids)} tokens, and the model's context has room for {room}: shorten it")
-        turns, dropped = turns[2:], dropped + 2
+    turns = messages[len(system):]
+
+    def rendered(pairs):
+        kept = [*system, *turns[2 * pairs:], {"role": "assistant", "content": ""}]
+        return tokenizer.render_for_completion({"messages": kept})
+    most = (len(turns) - 1) // 2
+    # Each pair that goes makes it shorter, so a few renderings find how many must go, however long the conversation is.
+    pairs = bisect_left(range(most), True, key=lambda n: len(rendered(n)) <= room)
+    ids = rendered(pairs)
+    if len(ids) > room:
+        raise ValueError(f"the message has {len(ids)} tokens, and the model's context has room for {room}: shorten it")
+    return ids, 2 * pairs
 
 
 def visible_text(tokenizer, tokens: Iterable[int]) -> Iterator[str]:

@@ -45,6 +45,21 @@ def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None)
         library()  # compiled now, if it ever is, and not within the first answer
 
 
+@dataclass(frozen=True)
+class Compute:
+    """How much compute an answer may use: what Engine.stream takes under these names."""
+    mode: str | int | None = None
+    budget: float | None = None
+    depth: int | None = None
+    lossless: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [str(self.mode or "full"), f"budget {self.budget:g}" if self.budget is not None else "",
+                 f"depth {self.depth}" if self.depth is not None else "", "lossless" if self.lossless else ""]
+        return ", ".join(p for p in parts if p)
+
+
 @dataclass
 class Trace:
     """
@@ -79,6 +94,11 @@ class Trace:
                 + (model.predictor.flops(self.prompt_tokens) if self.auto else 0), "generated": spent,
                 "full_prompt": prompt_flops(model, n, [config.top_width] * config.n_block),
                 "full_generated": float(full.sum())}
+
+
+def total_flops(flops: dict[str, float]) -> tuple[float, float]:
+    """(spent, at full compute) of an answer and its prompt together, from Trace.flops."""
+    return flops["prompt"] + flops["generated"], flops["full_prompt"] + flops["full_generated"]
 
 
 class Engine:
@@ -310,7 +330,7 @@ class Engine:
                 own = [generators[r] for r in live]
                 if lossless:
                     last = torch.tensor([text[r][-1:] for r in live], device=device)
-                    ends = [calls if not tools or not tools[r].forced else None for r in live]
+                    ends = [None if tools and tools[r].forced else calls for r in live]
                     chosen = self.speculation(cache, live, last, own, max(left[r] for r in live), ends)
                 else:
                     chosen = following(own)

@@ -10,9 +10,9 @@ import traceback
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 
+from nanochat.chat import stop_tokens
 from nanochat.common import print0
-from nanochat.engine import Engine
-from nanochat.tasks.evaluate import Compute
+from nanochat.engine import Compute, Engine, total_flops
 
 MAX_BATCH = 16      # rows of one batch
 EVERY = 16          # tokens between two reports of the compute that an answer has saved
@@ -118,8 +118,7 @@ class _Batch:
         trace = self.engine.traces[row]
         if not trace.steps:
             return {"saved": 0.0}
-        flops = trace.flops(self.engine.model)
-        spent, full = (flops[f"{k}prompt"] + flops[f"{k}generated"] for k in ("", "full_"))
+        spent, full = total_flops(trace.flops(self.engine.model))
         return {"saved": 1 - spent / full if full else 0.0}
 
 
@@ -130,7 +129,7 @@ class Worker:
     """
     def __init__(self, model, tokenizer, calibration=None, waiting_limit: int = 64):
         self.model, self.tokenizer, self.calibration, self.waiting_limit = model, tokenizer, calibration, waiting_limit
-        self.stop = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
+        self.stop = stop_tokens(tokenizer)
         self.waiting: collections.deque[Request] = collections.deque()
         self.batches: list[_Batch] = []
         self.stats = {"requests": 0, "tokens": 0, "errors": 0, "largest_batch": 0}

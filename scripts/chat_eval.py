@@ -18,9 +18,9 @@ from nanochat.chat import check_chats
 from nanochat.common import autodetect_device_type, cli, get_base_dir, get_rank, print0
 from nanochat.confidence_probe import check_trained, is_trained
 from nanochat.distributed import everyone, first_alone, init_processes, leave
-from nanochat.engine import Engine, prepare_inference
+from nanochat.engine import Compute, Engine, prepare_inference
 from nanochat.tasks import BENCHMARKS, make
-from nanochat.tasks.evaluate import Compute, Judge, Sampling, chat_core, evaluate, fingerprint, paired_difference
+from nanochat.tasks.evaluate import Judge, Sampling, chat_core, evaluate, fingerprint, paired_difference
 
 
 def parse_args(argv):

@@ -26,9 +26,8 @@ from nanochat import serving
 from nanochat.chat import check_chats, fit, visible_text
 from nanochat.common import autodetect_device_type, cli, print0
 from nanochat.confidence_probe import Controls, check_trained, is_trained
-from nanochat.engine import prepare_inference
+from nanochat.engine import Compute, prepare_inference
 from nanochat.speculative import candidates
-from nanochat.tasks.evaluate import Compute
 
 PAGE = Path(serving.__file__).with_name("ui.html")
 Text = Annotated[str, Field(max_length=32_000)]
@@ -135,7 +134,7 @@ def openai_routes(app: FastAPI, server: Server) -> None:
     """The routes of OpenAI's interface: models, chat completions and completions."""
     def answer_of(body, text, event):
         chat = isinstance(body, ChatBody)
-        choice = {"index": 0, "finish_reason": {"timeout": "length"}.get(event["end"], event["end"])}
+        choice = {"index": 0, "finish_reason": finish_reason(event)}
         choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         return choice
 
@@ -169,8 +168,7 @@ def openai_routes(app: FastAPI, server: Server) -> None:
                 yield _sse({"error": {"message": event["error"], "type": "server_error"}})
                 break
             delta = {"content": piece} | ({"role": "assistant"} if first else {})
-            reason = None if "end" not in event else {"timeout": "length"}.get(event["end"], event["end"])
-            choice = {"index": 0, "finish_reason": reason, **({"delta": delta} if chat else {"text": piece})}
+            choice = {"index": 0, "finish_reason": finish_reason(event), **({"delta": delta} if chat else {"text": piece})}
             extra = {k: event[k] for k in ("depth", "width", "saved", "tok_per_s") if k in event}
             yield _sse({**head, "choices": [choice], "compute": extra | ({"dropped_messages": dropped} if first else {})})
             first = False
@@ -188,6 +186,11 @@ def openai_routes(app: FastAPI, server: Server) -> None:
     async def models():
         return {"object": "list", "data": [{"id": server.name, "object": "model", "created": int(server.began),
                                             "owned_by": "user"}]}
+
+
+def finish_reason(event: dict) -> str | None:
+    """OpenAI's word for how an answer ended, None where it goes on; a time-out is a length to its clients."""
+    return "length" if event.get("end") == "timeout" else event.get("end")
 
 
 def _sse(data: dict) -> str:

@@ -196,6 +196,34 @@ def test_long_conversations_lose_their_oldest_turns(tokenizer):
         fit(tokenizer, chat, 10)
 
 
+class Counts:
+    """A tokenizer that counts how often it renders a conversation."""
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls = tokenizer, 0
+
+    def render_for_completion(self, conversation):
+        self.calls += 1
+        return self.tokenizer.render_for_completion(conversation)
+
+
+@pytest.mark.parametrize("turns", [1, 3, 9, 41])
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+def test_no_more_turns_are_dropped_than_must_be(tokenizer, turns, system):
+    """Against one pair after another being taken away; and a long conversation is not encoded once for every turn."""
+    chat = [{"role": ("user", "assistant")[i % 2], "content": "word " * (1 + 7 * i % 5)} for i in range(turns)]
+    lengths = [len(tokenizer.render_for_completion({"messages": [*system, *chat[i:], {"role": "assistant", "content": ""}]}))
+               for i in range(0, turns, 2)]
+    for room in {n + d for n in lengths for d in (-1, 0, 1)}:
+        must = next((i for i, n in enumerate(lengths) if n <= room), None)
+        if must is None:
+            with pytest.raises(ValueError, match="shorten it"):
+                fit(tokenizer, [*system, *chat], room)
+            continue
+        counts = Counts(tokenizer)
+        ids, dropped = fit(counts, [*system, *chat], room)
+        assert dropped == 2 * must and len(ids) == lengths[must] and counts.calls <= 8
+
+
 def test_special_tokens_are_not_shown(tokenizer):
     ids = [tokenizer.encode_special("<|python_start|>"), *tokenizer.encode("1+1 é🙂"),
            tokenizer.encode_special("<|python_end|>")]

@@ -1,6 +1,8 @@
 """Conversations to learn from: SmolTalk (arXiv 2502.02737), and a jsonl of one's own."""
+from pathlib import Path
+
 from nanochat import conversations
-from nanochat.tasks.common import RowTask, Source, Task, _lines, shared_folder
+from nanochat.tasks.common import RowTask, Source, Task, numbered_lines
 
 
 class SmolTalk(RowTask):
@@ -17,10 +19,11 @@ class SmolTalk(RowTask):
 class CustomJSON(Task):
     """A conversation on each line of a .jsonl, as nanochat.conversations reads them."""
     def __init__(self, path: str):
-        file = shared_folder(path)
+        file = Path(path).expanduser()
+        if not file.exists():
+            raise FileNotFoundError(f"no such file or folder: {file}")
         self.name = file.name
-        self.conversations = [conversations.parse(line, f"{file}, line {n}")
-                              for n, line in enumerate(_lines(file), 1) if line.strip()]
+        self.conversations = [conversations.parse(line, where) for where, line in numbered_lines(file)]
 
     def __len__(self):
         return len(self.conversations)

@@ -3,9 +3,8 @@ What a task is: numbered conversations of one benchmark or data set, and how an 
 come from: the hub (only where the user asks for a download), a local folder, or a few embedded examples in the real format.
 """
 import json
-import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +51,7 @@ class Task:
 
 
 class RowTask(Task):
-    """A task whose conversations are made of the rows of a data set, in the order that nanochat evaluates them."""
+    """A task whose conversations are made of the rows of a data set, in one shuffled order, the same in every run."""
     source: Source
     splits = {"train": "train", "test": "test"}  # our name -> the data set's
 
@@ -140,7 +139,7 @@ def read_split(folder: Path, source: Source, split: str) -> list[dict]:
             import pyarrow.parquet as parquet
             return [row for file in files for row in parquet.read_table(file).to_pylist()]
         if (file := place / f"{split}.jsonl").is_file():
-            return [parse_line(line, f"{file}, line {n}") for n, line in enumerate(_lines(file), 1) if line.strip()]
+            return [parse_line(line, where) for where, line in numbered_lines(file)]
     raise FileNotFoundError(f"{folder} has no {source.config}/{split}-*.parquet and no {split}.jsonl: fetch {source.repo} "
                             "with --download, or give --data examples")
 
@@ -153,28 +152,22 @@ def parse_line(line: str, where: str):
         raise ValueError(f"{where} is not JSON ({e}): give one value on each line") from e
 
 
-def _lines(file: Path):
+def numbered_lines(file: Path) -> Iterator[tuple[str, str]]:
+    """(where it stands, line) of each line of a text file that is not blank."""
     with open(file, encoding="utf-8") as f:
-        yield from f
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                yield f"{file}, line {number}", line
 
 
-def download(source: Source, splits: Sequence[str]) -> Path:
+def download(source: Source, splits: Sequence[str]) -> None:
     """Fetches a data set's files of these splits from the hub; what is there already is not fetched again."""
     from huggingface_hub import snapshot_download
-    folder, config = source.folder(), f"{source.config}/" if source.config else ""
+    config = f"{source.config}/" if source.config else ""
     try:
-        snapshot_download(source.repo, repo_type="dataset", local_dir=folder,
+        snapshot_download(source.repo, repo_type="dataset", local_dir=source.folder(),
                           allow_patterns=[f"{config}{split}-*.parquet" for split in splits])
     except Exception as e:  # the hub's client lets several libraries' exceptions through
         reason = " ".join(str(e).split())[:200]
         raise ConnectionError(f"{source.repo} could not be fetched ({reason}): check the network and run the same command "
                               "again, or leave --download away for the embedded examples") from e
-    return folder
-
-
-def shared_folder(path: str | os.PathLike) -> Path:
-    """A user's path, ~ expanded. FileNotFoundError where nothing is there."""
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"no such file or folder: {path}")
-    return path

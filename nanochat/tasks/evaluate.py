@@ -10,24 +10,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nanochat.chat import stop_tokens
 from nanochat.common import Progress
-from nanochat.engine import Engine
+from nanochat.engine import Compute, Engine, total_flops
 from nanochat.tasks.common import Task
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How much compute an answer may use: what Engine.stream takes under these names."""
-    mode: str | int | None = None
-    budget: float | None = None
-    depth: int | None = None
-    lossless: bool = False
-
-    @property
-    def name(self) -> str:
-        parts = [str(self.mode or "full"), f"budget {self.budget:g}" if self.budget is not None else "",
-                 f"depth {self.depth}" if self.depth is not None else "", "lossless" if self.lossless else ""]
-        return ", ".join(p for p in parts if p)
 
 
 @dataclass(frozen=True)
@@ -68,8 +54,7 @@ class Judge:
     """Asks one model the problems of tasks, in batches, at one compute."""
     def __init__(self, engine: Engine, compute: Compute, sampling: Sampling, batch_size: int = 8):
         self.engine, self.compute, self.sampling, self.batch_size = engine, compute, sampling, batch_size
-        special = engine.tokenizer.encode_special
-        self.stop = {special("<|assistant_end|>"), special("<|bos|>")}
+        self.stop = stop_tokens(engine.tokenizer)
 
     def run(self, task: Task, indices: list[int]) -> Iterator[Outcome]:
         """The outcomes of a task's problems, a batch at a time; a batch holds prompts of like length."""
@@ -111,9 +96,9 @@ class Judge:
             yield self._outcome(i, right, answers, sum(len(rows[r]) for r in mine), seconds, mine)
 
     def _outcome(self, index, right, answers, tokens, seconds, rows):
-        flops = [self.engine.traces[r].flops(self.engine.model) for r in rows if self.engine.traces[r].steps]
-        spent, full = (sum(f[f"{k}prompt"] + f[f"{k}generated"] for f in flops) for k in ("", "full_"))
-        return Outcome(index, bool(right), answers, tokens, seconds, spent, full)
+        traces = [self.engine.traces[r] for r in rows if self.engine.traces[r].steps]
+        totals = [total_flops(trace.flops(self.engine.model)) for trace in traces]
+        return Outcome(index, bool(right), answers, tokens, seconds, sum(t[0] for t in totals), sum(t[1] for t in totals))
 
 
 class Results:
