@@ -207,7 +207,8 @@ def _is_foreseen(e: BaseException) -> bool:
 def _is_out_of_memory(e: BaseException) -> bool:
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(e, RuntimeError) and any(words in str(e) for words in (
-            "can't allocate memory", "out of memory", "Storage size calculation overflowed", "numel: integer multiplication")))
+            "can't allocate memory", "out of memory", "Storage size calculation overflowed",
+            "numel: integer multiplication")))
 
 
 def _keep_traceback(e: BaseException) -> str:

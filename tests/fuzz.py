@@ -252,8 +252,8 @@ def _hostile_json(data, rng):
     walk(obj)
     if places:
         node, key = rng.choice(places)
-        node[key] = rng.choice([None, -1, 0, 1, 2**31, 2**63, 10**30, 0.5, math.nan, math.inf, "", "x", "\ud800", [], {}, True,
-                                [[]], "a" * 10_000, {"a": {"b": []}}, 1e308])
+        node[key] = rng.choice([None, -1, 0, 1, 2**31, 2**63, 10**30, 0.5, math.nan, math.inf, "", "x", "\ud800", [], {},
+                                True, [[]], "a" * 10_000, {"a": {"b": []}}, 1e308])
         if isinstance(node, dict) and rng.random() < 0.2:
             del node[key]
     return json.dumps(obj).encode() + (b"" if whole else b"\n" + lines[-1])
@@ -304,8 +304,8 @@ def one_mutant(seed: int, pristine: Path, work: Path) -> tuple[str, Outcome]:
 NUMBERS = ["0", "-1", "-2", "1", "3", "2147483648", "9223372036854775808", "18446744073709551616", "-9223372036854775809",
            "1" + "0" * 30, "nan", "inf", "-inf", "1e308", "1e-320", "-0.0", "0.5", "1e400", "½", "٣", "0x10", " 1 "]
 TEXTS = ["", " ", "0", "nan", "🙂", "\udcff", "x" * 300, "x" * 5000, "..", "/dev/null", "/dev/full", "/proc/self/mem",
-         "no/such", "~nobody/x", "1*", "a,b", "*", "%s%n{}", "\n", "--", "{}/docs", "{}/docs/0.txt", "{}/tokenizer", "{}",
-         "{}/base_checkpoints/d1", "{}/hybrid_checkpoints/d1_32/model.pt", "{}/chat.jsonl", "0.1*{}/docs,1e308*{}/chat.jsonl"]
+         "no/such", "~nobody/x", "1*", "a,b", "*", "%s%n{}", "\n", "--", "{}/docs", "{}/docs/0.txt", "{}/tokenizer",
+         "{}", "{}/base_checkpoints/d1", "{}/hybrid_checkpoints/d1_32/model.pt", "{}/chat.jsonl", "0.1*{}/docs,1e308*{}/chat.jsonl"]
 LONG = {"--num-iterations", "--max-tokens", "--eval-tokens", "--vocab-size", "--depth", "--aspect-ratio", "--max-seq-len",
         "--device-batch-size", "--total-batch-size", "--target-param-data-ratio"}  # a large number of these is much work
 
@@ -365,7 +365,8 @@ def _work(one, seeds: list[int], pristine: Path, queue) -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.environ |= {"CXX": "none", "WANDB_MODE": "disabled", "WANDB_DISABLE_GIT": "true"}  # a compiler or git would be a program that is started
+    # a compiler or git would be a program that is started
+    os.environ |= {"CXX": "none", "WANDB_MODE": "disabled", "WANDB_DISABLE_GIT": "true"}
     sys.addaudithook(_Watch.hook)
     with tempfile.TemporaryDirectory() as work:
         for seed in seeds:

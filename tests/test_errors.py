@@ -142,7 +142,8 @@ def test_a_terminals_encoding_stops_nothing(capsys, tmp_path):
     assert out == "漢 \\udcff\n" and err == "error: bad \\udcff path\n"
 
 
-@pytest.mark.parametrize("busy, threads, said", [(0.0, 8, False), (7.0, 2, True), (1.0, 1, False), (None, 4, False), (2.0, 2, False)])
+@pytest.mark.parametrize("busy, threads, said", [(0.0, 8, False), (7.0, 2, True), (1.0, 1, False), (None, 4, False),
+                                                 (2.0, 2, False)])
 def test_a_busy_machine_is_told(capsys, monkeypatch, busy, threads, said):
     monkeypatch.setattr(common, "busy_cores", lambda: busy)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
@@ -179,7 +180,7 @@ def test_nobodys_home(monkeypatch, tmp_path):
     assert get_base_dir() == tmp_path / "x"
     (tmp_path / "f").write_text("")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "f/x"))
-    with pytest.raises(OSError, match="cannot be made.*set NANOCHAT_BASE_DIR"):
+    with pytest.raises(OSError, match=r"cannot be made.*set NANOCHAT_BASE_DIR"):
         get_base_dir()
 
 
@@ -234,7 +235,8 @@ def test_the_fuzzers_find_what_is_wrong(home, monkeypatch, tmp_path):
     sys.addaudithook(fuzz._Watch.hook)
     module = type(sys)("bad_command")
     monkeypatch.setitem(sys.modules, "bad_command", module)
-    for main, kind, words in ((lambda: 1 / 0, "fault", "ZeroDivisionError"), (lambda: os.system("true"), "fault", "os.system"),
+    for main, kind, words in ((lambda: 1 / 0, "fault", "ZeroDivisionError"),
+                              (lambda: os.system("true"), "fault", "os.system"),
                               (cli(lambda: 1 / 0), "unexpected", "please report"), (lambda: None, "done", ""),
                               (cli(lambda: raise_or_call(ValueError("x"))), "refused", "error: x"),
                               (lambda: sys.exit(3), "fault", "exit code 3")):
