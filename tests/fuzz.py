@@ -305,7 +305,8 @@ NUMBERS = ["0", "-1", "-2", "1", "3", "2147483648", "9223372036854775808", "1844
            "1" + "0" * 30, "nan", "inf", "-inf", "1e308", "1e-320", "-0.0", "0.5", "1e400", "½", "٣", "0x10", " 1 "]
 TEXTS = ["", " ", "0", "nan", "🙂", "\udcff", "x" * 300, "x" * 5000, "..", "/dev/null", "/dev/full", "/proc/self/mem",
          "no/such", "~nobody/x", "1*", "a,b", "*", "%s%n{}", "\n", "--", "{}/docs", "{}/docs/0.txt", "{}/tokenizer",
-         "{}", "{}/base_checkpoints/d1", "{}/hybrid_checkpoints/d1_32/model.pt", "{}/chat.jsonl", "0.1*{}/docs,1e308*{}/chat.jsonl"]
+         "{}", "{}/base_checkpoints/d1", "{}/hybrid_checkpoints/d1_32/model.pt", "{}/chat.jsonl",
+         "0.1*{}/docs,1e308*{}/chat.jsonl"]
 LONG = {"--num-iterations", "--max-tokens", "--eval-tokens", "--vocab-size", "--depth", "--aspect-ratio", "--max-seq-len",
         "--device-batch-size", "--total-batch-size", "--target-param-data-ratio"}  # a large number of these is much work
 
