@@ -211,15 +211,26 @@ def _is_out_of_memory(e: BaseException) -> bool:
             "numel: integer multiplication")))
 
 
+def _is_out_of_range(e: BaseException) -> bool:
+    """Whether a number was too large for a C integer: torch raises that as a ValueError at our call."""
+    return isinstance(e, OverflowError) or "Overflow when unpacking" in str(e)
+
+
+def _logs_dir() -> Path:
+    """The artifacts' logs folder. Made if absent."""
+    path = get_base_dir() / "logs"
+    path.mkdir(exist_ok=True)
+    return path
+
+
 def _keep_traceback(e: BaseException) -> str:
     """Writes the traceback to a file, in the artifacts' logs folder or else the temporary one; says where."""
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     text = f"{' '.join(sys.argv)}\nPython {sys.version}\ntorch {torch.__version__}, {sys.platform}\n\n"
     text += "".join(traceback.format_exception(e))
-    for folder in (lambda: get_base_dir() / "logs", lambda: Path(tempfile.gettempdir())):
+    for folder in (_logs_dir, lambda: Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError, ValueError):
             path = folder() / name
-            path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
             return f"the file {path}, which holds the traceback"
     return "what NANOCHAT_DEBUG=1 prints (no file could be written)"
@@ -227,7 +238,7 @@ def _keep_traceback(e: BaseException) -> str:
 
 def describe_error(e: BaseException) -> str:
     """One line on an error: its own where that says the remedy, else a request to report it that names a file."""
-    if _is_foreseen(e):
+    if _is_foreseen(e) and not _is_out_of_range(e):
         # OSErrors raised here carry their sentence in strerror; those of the system name the file themselves.
         text = e.strerror if isinstance(e, OSError) and e.strerror and not e.filename else str(e)
     else:
@@ -235,7 +246,7 @@ def describe_error(e: BaseException) -> str:
         if _is_out_of_memory(e):
             text = (f"out of memory ({text}): make it smaller, as by a lower --device-batch-size, a shorter context, or "
                     "--gradient-checkpointing in training")
-        elif isinstance(e, OverflowError) or "Overflow when unpacking" in text:
+        elif _is_out_of_range(e):
             text = f"a number is out of range ({text}): give a smaller one"
         else:
             text = f"unexpected {type(e).__name__}: {text} -- please report it with {_keep_traceback(e)}"

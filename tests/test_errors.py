@@ -46,7 +46,7 @@ def recurse():
     (RuntimeError("broken\nin two lines"), "RuntimeError"), (TypeError("not list"), "TypeError"),
     (AssertionError(), "AssertionError"), (KeyError("k"), "KeyError"), (ZeroDivisionError("d"), "ZeroDivisionError"),
     (recurse, "RecursionError"), (Panic("called `Result::unwrap()`"), "Panic"), (AttributeError("a"), "AttributeError"),
-    (lambda: b"\xff".decode(), "UnicodeDecodeError"), (lambda: torch.Generator().manual_seed("x"), "TypeError"),
+    (lambda: b"\xff".decode(), "UnicodeDecodeError"), (lambda: len(3), "TypeError"),
     (lambda: argparse.ArgumentParser().add_argument("x", action="?"), "ValueError"),  # of a library, not of ours
 ])
 def test_what_nobody_foresaw_names_a_file_with_the_traceback(capsys, monkeypatch, tmp_path, action, name):
@@ -122,10 +122,10 @@ def test_progress_off_a_terminal_is_a_line_a_minute(capsys, monkeypatch):
     monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
     with progress(1000 * 10**6, "converting x") as bar:
         for _ in range(1000):
-            now[0] += 0.4
+            now[0] += 0.5
             bar.update(10**6)
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 6 and not err and "converting x: 0.2 of 1.0 GB, 2 MB/s, ETA" in out
+    assert len(out.splitlines()) == 8 and not err and "converting x: 0.2 of 1.0 GB, 2 MB/s, ETA 379" in out
     with progress(10, "quick") as bar:
         bar.update(10)
     assert capsys.readouterr() == ("", "")
