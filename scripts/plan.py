@@ -3,7 +3,8 @@ What the three stages of nanochat-d32's hybrid take, computed from the model its
 
     python -m scripts.plan                                      # 8 H100s at $3 an hour and 40 % MFU
     python -m scripts.plan --gpus 16 --gpu B200 --price 6 --mfu 0.35 --json plan.json
-    python -m scripts.plan --memory --json memory.json          # one training step of each stage, traced: minutes
+    python -m scripts.plan --memory --gpus 4 --gpu-memory 80    # what fits there, with which flags, traced: minutes
+    python -m scripts.plan --nodes 8                            # bytes that 64 GPUs exchange in a step, and its time
 
 Four tables: parameters; FLOPs of a generated token by mode; memory; and what training costs: FLOPs per token of the step
 that the stage really runs (full pass, narrow pass and its teacher, what is frozen left out), tokens per hour, the hours and
@@ -43,13 +44,15 @@ def main(argv=None) -> dict:
                    help="tokens per trained parameter (fractal_train's default length)")
     p.add_argument("--context", type=positive(int), default=1024, help="tokens before the one whose compute is shown")
     p.add_argument("--memory", action="store_true", help="instead of the tables: trace the memory of a training step")
-    p.add_argument("--device-batch-size", type=positive(int), default=8, help="with --memory: rows of 2048 tokens per GPU")
+    p.add_argument("--gpu-memory", type=positive(float), default=80, help="with --memory: GB (10^9 bytes) of each GPU")
+    p.add_argument("--device-batch-size", type=positive(int), default=None,
+                   help="with --memory: rows of 2048 tokens per GPU and pass (None: as many as fit)")
     p.add_argument("--stages", type=int, nargs="+", choices=list(WIDTHS), default=list(WIDTHS), help="which")
     p.add_argument("--json", metavar="PATH", default=None, help="also write the figures there")
     args = p.parse_args(argv)
     if args.mfu > 1:
         raise ValueError(f"--mfu {args.mfu:g} is more than the whole peak: give a share such as 0.4")
-    idle = TABLES if args.memory else {"device_batch_size"}
+    idle = TABLES if args.memory else {"device_batch_size", "gpu_memory"}
     for name in sorted(k for k in idle if getattr(args, k) != p.get_default(k)):
         print(f"note: {flag(name)} has no effect {'with' if args.memory else 'without'} --memory")
     stages = [s for s in d32_stages() if s.number in args.stages]

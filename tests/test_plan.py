@@ -15,6 +15,7 @@ from nanochat.checkpoint_manager import load_json
 from nanochat.elastic_step import ElasticStep
 from nanochat.hybrid_gpt import CONTROLS, HybridConfig, stays_fp32
 from nanochat.loss_eval import Student
+from nanochat.step_estimate import Choice, Ranks, trace_step
 from scripts import plan, plan_memory, plan_tables
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +129,7 @@ def test_traced_peak_is_the_measured_one(world, dtype):
 @pytest.mark.parametrize("stage", [plan_tables.make_stage(1, TINY), plan_tables.make_stage(2, GROWN, TINY)],
                          ids=["stage 1", "stage 2"])
 def test_trace_of_a_sharded_step(stage):
-    trace = plan_memory.trace_step(stage, rows=2, world=8)
+    trace = trace_step(stage.workload.build(), Choice(2, True), Ranks(8))
     assert trace.peak == sum(trace.at_peak.values()) and not torch.distributed.is_initialized()
     # a rank holds an eighth of every sharded parameter, rounded up to whole rows, and what stays fp32 whole
     small = sum(4 * p.numel() for n, p in stage.model.named_parameters() if stays_fp32(n))
@@ -136,25 +137,45 @@ def test_trace_of_a_sharded_step(stage):
     assert (total - small) / 8 + small <= trace.at_peak["parameters"] < 1.3 * ((total - small) / 8 + small)
     assert trace.at_peak["optimizer"] > 0 and trace.at_peak["activations"] > 0
     # twice the rows: more activations, and not one byte more of state
-    again = plan_tables.make_stage(stage.number, stage.model.config, TINY if stage.boxes else None)
-    again = plan_memory.trace_step(again, rows=4, world=8)
+    again = trace_step(stage.workload.build(), Choice(4, True), Ranks(8))
     assert again.at_peak["parameters"] == trace.at_peak["parameters"]
     assert again.at_peak["optimizer"] == trace.at_peak["optimizer"] and again.peak > trace.peak
 
 
-def test_the_memory_command_takes_its_flags(monkeypatch, capsys, tmp_path):
+class Linear:
+    """An Estimate by a rule of thumb: so many GB of state, and a GB or two a row."""
+    def __init__(self, state: float):
+        self.state = state
+
+    def at_peak(self, how):
+        parts = dict.fromkeys(memory_trace.CATEGORIES, 0.0)
+        return parts | {"parameters": self.state * 1e9, "activations": how.rows * (1 if how.checkpointing else 2) * 1e9}
+
+    def peak(self, how):
+        return sum(self.at_peak(how).values())
+
+
+def test_the_memory_command_says_what_fits(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(plan, "d32_stages", lambda: [plan_tables.make_stage(1, TINY)])
     monkeypatch.setattr(plan_memory, "check", lambda *_: {"traced_mb": 1.0, "measured_mb": 1.0, "ratio": ratios.pop()})
-    monkeypatch.setattr(plan_memory, "trace_step", lambda stage, rows, world: types.SimpleNamespace(
-        peak=1e9 * rows + world, at_peak=dict.fromkeys(memory_trace.CATEGORIES, 0)))
+    monkeypatch.setattr(plan_memory, "estimate", lambda workload, ranks: Linear(40 / ranks.world))
     ratios = [1.09, 0.91]
-    result = plan.main(["--memory", "--gpus", "4", "--device-batch-size", "2", "--price", "9", "--context", "7"])
+    memory = ["--memory", "--json", str(tmp_path / "m.json")]
+    result = plan.main([*memory, "--gpus", "4", "--gpu-memory", "40", "--price", "9", "--context", "7"])
     out = capsys.readouterr().out
-    assert "per rank of 4" in out and "--context has no effect with --memory" in out and "--price has no" in out
-    assert result["stage 1"]["peak_gb"] * 1e9 == 2e9 + 4
+    assert "--context has no effect with --memory" in out and "--price has no" in out
+    # of 40 GB, 35 are usable: 10 of state, and 16 rows of 1 GB. Without checkpointing only a short pass would fit
+    assert "fits on 4 x 40 GB: --device-batch-size 16 --gradient-checkpointing --optimizer muon" in out
+    assert result["stage 1"]["flags"] == "--device-batch-size 16 --gradient-checkpointing --optimizer muon"
+    assert result["stage 1"]["peak_gb"] == 26 and load_json(tmp_path / "m.json") == json.loads(json.dumps(result))
+    ratios = [1.0, 1.0]
+    result = plan.main([*memory, "--gpus", "2", "--gpu-memory", "24"])
+    assert result["stage 1"]["choice"] is None
+    assert "does not fit on 2 x 24 GB: it takes at least 22.0 GB, and 19.8 GB are usable" in capsys.readouterr().out
+    (tmp_path / "m.json").unlink()
     for ratios in ([0.89], [1.11, 1.0]):
         with pytest.raises(SystemExit) as info:
-            plan.main(["--memory", "--json", str(tmp_path / "m.json")])
+            plan.main(memory)
         assert "off by more than 10%" in info.value.code and not ratios and not list(tmp_path.iterdir())
     plan.main(["--device-batch-size", "2", "--stages", "1"])
     assert "--device-batch-size has no effect without --memory" in capsys.readouterr().out
