@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from nanochat import checkpoint_manager as ckpt
+from nanochat import step_checkpoint
 from nanochat.common import Progress, cli, find_device_type, get_base_dir, print0
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
@@ -208,6 +209,8 @@ def open_hybrid(args):
                    (home / "hybrid_checkpoints" / f"{tag}_{width}", "surgery's; there is no trained export")]
         folder, note = next(((f, n) for f, n in choices if (f / "config.json").is_file() and (f / "model.pt").is_file()),
                             (None, None))
+        if folder == choices[-1][0]:
+            refuse_unexported(trained)
         if folder is None:
             raise FileNotFoundError(f"there is no hybrid {tag}_{width} in {home}/fractal_checkpoints or hybrid_checkpoints: "
                                     f"make one with `python -m scripts.surgery --new-dim={width}`, or name it with --src")
@@ -217,6 +220,15 @@ def open_hybrid(args):
     if config.n_embd != width:
         raise ValueError(f"{folder} has width {config.n_embd}, not {width}: use --expand-from={config.n_embd}")
     return config, info, file, open_state(file, config), note
+
+
+def refuse_unexported(folders: list[Path]) -> None:
+    """ValueError where a folder holds an interrupted training run: growing what that started from would lose it."""
+    for folder in folders:
+        if done := step_checkpoint.steps(folder):
+            raise ValueError(f"{folder} holds a run that was interrupted after step {done[-1]} and has no export: finish "
+                             "it, or export it by the same training command with --export; or name another hybrid with "
+                             "--src")
 
 
 def optimizer_file(file: Path, info: dict) -> Path:

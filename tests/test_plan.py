@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanochat import memory_trace, mixture
 from nanochat.checkpoint_manager import load_json
+from nanochat.common import get_compute_dtype
 from nanochat.elastic_step import ElasticStep
 from nanochat.hybrid_gpt import CONTROLS, HybridConfig, stays_fp32
 from nanochat.loss_eval import Student
+from nanochat.optim import group_of
 from nanochat.step_estimate import Choice, Ranks, trace_step
-from scripts import plan, plan_memory, plan_tables
+from scripts import plan, plan_memory, plan_nodes, plan_tables
 
 ROOT = Path(__file__).parent.parent
 TINY = HybridConfig(sequence_len=64, vocab_size=320, n_layer=2, n_head=4, n_kv_head=4, n_embd=64, d_ref=64, top_width=64,
@@ -178,7 +181,68 @@ def test_the_memory_command_says_what_fits(monkeypatch, capsys, tmp_path):
             plan.main(memory)
         assert "off by more than 10%" in info.value.code and not ratios and not list(tmp_path.iterdir())
     plan.main(["--device-batch-size", "2", "--stages", "1"])
-    assert "--device-batch-size has no effect without --memory" in capsys.readouterr().out
+    assert "--device-batch-size has no effect without --memory or --nodes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("nodes, checkpointing", [(1, False), (2, True)])
+def test_what_a_step_exchanges(nodes, checkpointing):
+    """
+    By hand: a pass of a fully trained model gathers every sharded matrix for forward and, blocks only, for backward; every
+    gradient is reduce-scattered in fp32, and summed over the nodes that hold copies. Muon sends each matrix to the rank
+    that computes it and back.
+    """
+    workload, each = replace(stage_one().workload, phase="unfrozen", recipe=None), 4
+    ranks = Ranks(each * nodes, nodes)
+    how = Choice(4, checkpointing)
+    model = workload.build().model
+    sizes = {n: p.numel() for n, p in model.named_parameters() if not stays_fp32(n)}
+    blocks = sum(n for name, n in sizes.items() if name.startswith("transformer.h."))
+    sent = plan_nodes.exchanged(workload, how, ranks, update=False)
+    away = (each - 1) / each
+    near = {"rel": 0.03}  # rows are padded to whole ones
+    assert sent["all-gather", "node"][1] == pytest.approx(2 * away * (sum(sizes.values()) + blocks), **near)
+    assert sent["reduce-scatter", "node"][1] == pytest.approx(4 * away * sum(sizes.values()), **near)
+    if nodes == 2:  # fp32 shards over two nodes: 2 x 1/2 of a quarter
+        assert sent["all-reduce", "network"][1] == pytest.approx(4 * sum(sizes.values()) / each, rel=0.1)
+    else:
+        assert not any(where == "network" for _, where in sent)
+    update = plan_nodes.exchanged(workload, how, ranks, update=True)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if group_of(n) == "matrix")
+    width = get_compute_dtype("cpu").itemsize
+    most = 2 * width * matrices / nodes / each
+    assert 0.5 * most < update["all-to-all", "node"][1] < 1.6 * most
+    assert (("all-gather", "network") in update) == (nodes == 2)
+
+
+def stage_one():
+    return plan_tables.make_stage(1, TINY)
+
+
+@pytest.mark.slow
+def test_exchanges_are_linear_in_depth():
+    """16 layers extended from 4 and 8, against a trace of all."""
+    workload, how = stage_one().workload.with_layers(16), Choice(4, True)
+    steps = [plan_nodes.step_exchanges(workload, how, Ranks(16, 2), passes=2)]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(plan_nodes, "LAYERS", (16,))
+        steps.append(plan_nodes.step_exchanges(workload, how, Ranks(16, 2), passes=2))
+    assert steps[0].keys() == steps[1].keys()
+    for k in steps[0]:
+        assert steps[0][k] == pytest.approx(steps[1][k], rel=0.01)
+
+
+def test_the_nodes_command(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "d32_stages", lambda: [stage_one()])
+    monkeypatch.setattr(plan_nodes, "step_exchanges", lambda workload, how, ranks, passes: {
+        ("all-gather", "node"): [10, 7e9], ("all-reduce", "network"): [1, 4e9 * (ranks.nodes > 1)]})
+    result = plan.main(["--nodes", "1", "8", "--gpus", "8", "--nvlink", "70", "--network", "20", "--price", "4"])
+    out = capsys.readouterr().out
+    assert "--price has no effect with --nodes" in out and "--gpu-memory" not in out
+    assert [round(r["exchange_s"], 6) for r in result.values()] == [0.1, 0.3]
+    assert result["stage 1, 64 GPUs"]["rows"] == 4 and "stage 1 on 8 x 8 GPUs" in out
+    with pytest.raises(SystemExit):
+        plan.main(["--nodes", "2", "--memory"])
+    assert "one at a time" in capsys.readouterr().err
 
 
 # --- bash speedrun.sh d32
