@@ -25,8 +25,8 @@ def huggingface_cli() -> None:
     The command `huggingface-cli`, under which nanochat's instructions download d32: the library's own CLI, which since
     huggingface_hub 1.0 is installed as `hf` only and takes the same arguments.
     """
-    from huggingface_hub.cli.hf import main
-    main()
+    from huggingface_hub.cli import hf
+    hf.main()
 
 
 def _attempt(action: Callable, what: str, folder: Path):

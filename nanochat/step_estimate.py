@@ -1,10 +1,12 @@
 """
-What a training step takes, before it runs. Memory: how much on each of several GPUs, and which rows per pass, gradient
-checkpointing and optimizer fit there. For that the real step is traced on tensors without data (memory_trace.py), on
-rank 0 of a process group that exchanges nothing, so no GPU is needed. Time: of a step that is run once for it, on a CPU.
+What a training step takes, before it runs. Memory: how much on each of several GPUs, and which rows per pass,
+gradient checkpointing and optimizer fit there. For that the real step is traced on tensors without data
+(memory_trace.py), on rank 0 of a process group that exchanges nothing, so no GPU is needed. Time: of a step
+that is run once for it, on a CPU.
 
-A deep model is traced at 8 and at 12 layers, each with 4 and with 8 rows, and the result is extended linearly: every
-block and every row adds the same bytes again. tests/test_step_estimate.py compares that with whole traces.
+A deep model is traced at 8 and at 12 layers, each with 4 and with 8 rows, and the result is extended
+linearly: every block and every row adds the same bytes again. tests/test_step_estimate.py compares that with
+whole traces.
 """
 import contextlib
 import multiprocessing
@@ -31,29 +33,36 @@ from nanochat.optim import OPTIMIZERS, setup_optimizers
 from nanochat.stages import frozen_boxes, set_trained
 from nanochat.training import GPU_TOKENS, shares
 
-LAYERS = (8, 12)  # traced of a deeper model. Multiples of 4: as many exit points and as many value embeddings per layer
-ROWS = (4, 8)  # traced, even ones: recipe lean halves them
-# What the trace does not see: the CUDA context, cuBLAS's and NCCL's buffers; and the allocator's losses to fragments.
+# Traced of a deeper model. Multiples of 4 have the same number of exit points and value embeddings per layer.
+LAYERS = (8, 12)
+ROWS = (4, 8)  # traced; even numbers, because recipe lean halves them
+# What the trace does not see: the CUDA context, cuBLAS's and NCCL's buffers; and the allocator's losses to
+# fragments.
 RESERVE_BYTES, RESERVE_SHARE = 3e9, 0.05
-# Shorter passes lose more to launching kernels and to gathering weights than recomputing activations costs (a third).
+# Shorter passes lose more to launching kernels and to gathering weights than recomputing activations costs (a
+# third).
 FAST_PASS_TOKENS = 8192
 MAX_ROWS = 32  # per pass, where they are derived: more bring no speed
 
 
 class Choice(NamedTuple):
-    """How a step is run: rows per pass, whether activations are recomputed, what steps the matrices (optim.OPTIMIZERS)."""
+    """
+    How a step is run: rows per pass, whether activations are recomputed, and which of optim.OPTIMIZERS
+    updates the blocks' matrices.
+    """
     rows: int
     checkpointing: bool
     optimizer: str = "muon"
 
     def __str__(self) -> str:
-        return (f"{self.rows} row{'s' * (self.rows > 1)} per pass, {'' if self.checkpointing else 'no '}gradient "
-                f"checkpointing, {'Muon + AdamW' if self.optimizer == 'muon' else 'AdamW only'}")
+        return (f"{self.rows} row{'s' * (self.rows > 1)} per pass, "
+                f"{'' if self.checkpointing else 'no '}gradient checkpointing, "
+                f"{'Muon + AdamW' if self.optimizer == 'muon' else 'AdamW only'}")
 
     def flags(self) -> str:
         """The command line flags that choose it."""
-        return (f"--device-batch-size {self.rows} --{'' if self.checkpointing else 'no-'}gradient-checkpointing "
-                f"--optimizer {self.optimizer}")
+        return (f"--device-batch-size {self.rows} "
+                f"--{'' if self.checkpointing else 'no-'}gradient-checkpointing --optimizer {self.optimizer}")
 
 
 class Ranks(NamedTuple):
@@ -63,7 +72,9 @@ class Ranks(NamedTuple):
 
 
 class Built(NamedTuple):
-    """A model on the meta device with requires_grad set, its frozen boxes (stages.frozen_boxes) and its step."""
+    """
+    A model on the meta device with requires_grad set, its frozen boxes (stages.frozen_boxes) and its step.
+    """
     model: torch.nn.Module
     boxes: dict | None
     backward: ElasticStep
@@ -72,8 +83,9 @@ class Built(NamedTuple):
 @dataclass(frozen=True)
 class Workload:
     """
-    What a training step computes. phase: of stages.set_trained, None for a base GPT, all of which is trained; old_config: of
-    the model that this one was grown from, in stages 2 and 3; the other fields: see ElasticStep.
+    What a training step computes. phase: of stages.set_trained, None for a base GPT, all of which is trained;
+    old_config: of the model that this one was grown from, in stages 2 and 3; the other fields: see
+    ElasticStep.
     """
     config: GPTConfig
     phase: str | None = None
@@ -103,23 +115,27 @@ class Workload:
         if self.phase is not None:
             set_trained(model, self.phase, gate=self.gate, boxes=boxes)
         # A narrow pass is traced at full width, which is as wide as sampling ever makes it.
+        levels = (self.config.top_width,) if self.sample else None
         step = ElasticStep(model, seed=0, steps=1, recipe=self.recipe, sample=self.sample, student_every=1,
-                           levels=(self.config.top_width,) if self.sample else None, draft_exit=self.draft_exit,
-                           exit_weight=self.exit_weight)
+                           levels=levels, draft_exit=self.draft_exit, exit_weight=self.exit_weight)
         return Built(model, boxes, step)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Tracing
 
 @contextlib.contextmanager
 def fake_ranks(ranks: Ranks) -> Iterator:
-    """The mesh of several ranks of which this process is the first and the others do not exist; None for a single one."""
+    """
+    The mesh of several ranks of which this process is the first and the others do not exist; None for a
+    single one.
+    """
     if ranks.world == 1:
         yield None
         return
     before = dict(os.environ)
-    os.environ |= {"RANK": "0", "WORLD_SIZE": str(ranks.world), "LOCAL_WORLD_SIZE": str(ranks.world // ranks.nodes)}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(ranks.world),
+                   "LOCAL_WORLD_SIZE": str(ranks.world // ranks.nodes)}
     dist.init_process_group("fake", rank=0, world_size=ranks.world, store=FakeStore())
     try:
         yield make_mesh("cpu")
@@ -131,15 +147,17 @@ def fake_ranks(ranks: Ranks) -> Iterator:
 
 def prepare_step(built: Built, mesh, how: Choice, dtype: torch.dtype):
     """
-    (passes, update, optimizers): the two halves of an optimizer step on random tokens, as Run.train makes it, of a built
-    model, which gets empty weights on the CPU: backpropagation with all that sums gradients; and the optimizers' part.
+    (passes, update, optimizers): the two halves of an optimizer step on random tokens, as Run.train makes it,
+    of a built model, which gets empty weights on the CPU: backpropagation with all that sums gradients; and
+    the optimizers' part.
     """
     model = built.model
     shard_model(model, mesh, dtype, gradient_checkpointing=how.checkpointing)
     model.to_empty(device="cpu")
     optimizers = setup_optimizers(model, frozen=built.boxes, optimizer=how.optimizer)
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randint(model.config.vocab_size, (2, how.rows, model.config.sequence_len), generator=generator)
+    shape = 2, how.rows, model.config.sequence_len
+    x, y = torch.randint(model.config.vocab_size, shape, generator=generator)
 
     def passes():
         built.backward(0, x, y, shares([(x, y)])[0])
@@ -182,7 +200,10 @@ def trace_step(built: Built, how: Choice, ranks: Ranks, dtype: torch.dtype = tor
 
 
 def _make_state(model, optimizers: list, trace: MemoryTrace) -> None:
-    """Runs an update on empty gradients, which makes the optimizers' state, and tells the trace what is what."""
+    """
+    Runs an update on empty gradients, which makes the optimizers' state, and tells the trace which tensors are
+    of which category.
+    """
     trace.mark(model.parameters(), "parameters")
     for p in model.parameters():
         if p.requires_grad:  # what a backward pass would leave
@@ -192,12 +213,15 @@ def _make_state(model, optimizers: list, trace: MemoryTrace) -> None:
         optimizer.step()
         optimizer.register_step_pre_hook(lambda *_: setattr(trace, "phase", "temporary"))
         optimizer.register_step_post_hook(lambda *_: setattr(trace, "phase", None))
-        trace.mark([v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)], "optimizer")
+        values = [v for state in optimizer.state.values() for v in state.values()]
+        trace.mark([v for v in values if isinstance(v, torch.Tensor)], "optimizer")
     model.zero_grad(set_to_none=True)
 
 
 def trace_update(built: Built, optimizer: str, ranks: Ranks) -> dict[str, float]:
-    """Bytes by category at the peak of the optimizers' update alone, which no rows and no activations belong to."""
+    """
+    Bytes by category at the peak of the optimizers' update alone, which depends on no rows or activations.
+    """
     with fake_ranks(ranks) as mesh, traced() as trace:
         _, update, optimizers = prepare_step(built, mesh, Choice(1, False, optimizer), torch.bfloat16)
         _make_state(built.model, optimizers, trace)
@@ -227,8 +251,8 @@ def trace_passes(built: Built, rows: int, checkpointing: bool, ranks: Ranks) -> 
 
 def measured_speed(workload: Workload, mesh, rows: int, passes: int, dtype: torch.dtype) -> float:
     """
-    Tokens per second of all ranks in a training step of so many passes, by running one pass and one update on empty weights,
-    on the CPU, after a first round that nobody times.
+    Tokens per second of all ranks in a training step of so many passes, by running one pass and one update on
+    empty weights, on the CPU, after an untimed warm-up round.
     """
     step, update, _ = prepare_step(built := workload.build(), mesh, Choice(rows, False), dtype)
     with torch.no_grad():
@@ -244,11 +268,14 @@ def measured_speed(workload: Workload, mesh, rows: int, passes: int, dtype: torc
     return tokens / slowest
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The estimate
 
 class Job(NamedTuple):
-    """One trace, for a process of its own: of the passes (rows and checkpointing given) or of an optimizer's update."""
+    """
+    One trace, for a process of its own: of the passes (rows and checkpointing given) or of an optimizer's
+    update.
+    """
     workload: Workload
     ranks: Ranks
     layers: int
@@ -266,13 +293,17 @@ class Job(NamedTuple):
 
 class Estimate:
     """
-    Peak memory of a training step on one GPU. made: what `jobs` gave. Call `peak` for bytes, `at_peak` for their parts.
+    Peak memory of a training step on one GPU. made: the result of each of `jobs`. Call `peak` for bytes, `at_peak` for
+    their parts.
     """
     def __init__(self, workload: Workload, made: dict[Job, dict[str, float]]):
         self.layers, self.made = workload.config.n_layer, {job[2:]: result for job, result in made.items()}
 
     def _extended(self, key: str, value, rows: int | None) -> dict[str, float]:
-        """Of passes (rows given; value: checkpointing) or of an update (value: optimizer), linear in layers and rows."""
+        """
+        Of passes (rows given; value: checkpointing) or of an update (value: optimizer), linear in layers and
+        rows.
+        """
         def linear(points: dict[int, dict], at: int) -> dict[str, float]:
             (a, low), (b, high) = min(points.items()), max(points.items())
             share = (at - a) / (b - a) if b > a else 0.0
@@ -281,8 +312,8 @@ class Estimate:
         for (layers, of_rows, checkpointing, optimizer), result in self.made.items():
             if {"checkpointing": checkpointing, "optimizer": optimizer}[key] == value:
                 by_layers.setdefault(layers, {})[of_rows] = result
-        return linear({n: linear(points, rows) if rows is not None else points[None] for n, points in by_layers.items()},
-                      self.layers)
+        at_rows = {n: points[None] if rows is None else linear(points, rows) for n, points in by_layers.items()}
+        return linear(at_rows, self.layers)
 
     def parts(self, how: Choice) -> tuple[dict[str, float], dict[str, float]]:
         """Bytes by category at the peaks of a step's passes and of its update."""
@@ -307,8 +338,8 @@ def jobs(workload: Workload, ranks: Ranks) -> list[Job]:
 
 def estimate(workload: Workload, ranks: Ranks, processes: int | None = None) -> Estimate:
     """
-    Traces and returns the estimate. processes: how many trace at once, each with a core (None: a core for each; 0: in this
-    process, which must have joined no others).
+    Traces and returns the estimate. processes: how many trace at once, each with a core (None: a core for
+    each; 0: in this process, which must have joined no others).
     """
     todo = jobs(workload, ranks)
     if processes == 0:
@@ -328,7 +359,7 @@ def _hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The choice
 
 def usable(memory: float) -> float:
@@ -338,8 +369,8 @@ def usable(memory: float) -> float:
 
 def preferences(rows: list[int], fast_rows: int) -> list[Choice]:
     """
-    All choices, the best first. rows: those possible. Muon before AdamW; then no checkpointing, if passes have at least
-    `fast_rows` rows; then checkpointing; each with as many rows as possible.
+    All choices, the best first. rows: those possible. Muon before AdamW; then no checkpointing, if passes
+    have at least `fast_rows` rows; then checkpointing; each with as many rows as possible.
     """
     rows = sorted(rows, reverse=True)
     return [choice for optimizer in OPTIMIZERS for choice in (
@@ -350,8 +381,8 @@ def preferences(rows: list[int], fast_rows: int) -> list[Choice]:
 
 def possible_rows(workload: Workload, total: int, world: int) -> list[int]:
     """
-    Rows per pass, at most MAX_ROWS, that make whole passes of a step of `total` tokens (-1: of about GPU_TOKENS, in powers
-    of two); the fewest that the step can have where none do.
+    Rows per pass, at most MAX_ROWS, that make whole passes of a step of `total` tokens (-1: of about
+    GPU_TOKENS, in powers of two); the fewest that the step can have where none do.
     """
     each, least = workload.config.sequence_len * world, workload.least_rows
     if total > 0:
@@ -363,9 +394,10 @@ def possible_rows(workload: Workload, total: int, world: int) -> list[int]:
 
 def fit(workload: Workload, total: int, given: dict, gpu: Gpu) -> tuple[Choice, str]:
     """
-    The choice for the processes that torchrun started, on GPUs like `gpu`, and a line that says what it takes there;
-    total: see possible_rows, given: see choose. ValueError where nothing fits. Where the estimate itself fails, a
-    warning with what 8 GPUs of 80 GB hold at every stage of nanochat-d32: 8 rows, checkpointing, Muon.
+    The choice for the processes that torchrun started, on GPUs like `gpu`, and a line that says what it takes
+    there; total: see possible_rows, given: see choose. ValueError where nothing fits. Where the estimate
+    itself fails, a warning with what 8 GPUs of 80 GB hold at every stage of nanochat-d32: 8 rows,
+    checkpointing, Muon.
     """
     world = get_rank()[1]
     ranks = Ranks(world, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
@@ -374,8 +406,9 @@ def fit(workload: Workload, total: int, given: dict, gpu: Gpu) -> tuple[Choice, 
     try:
         peak = estimate(workload, ranks).peak
     except Exception as e:  # tracing relies on torch's internals
-        choice = Choice(**{"rows": max(workload.least_rows, min(8, max(rows))), "checkpointing": True, **given})
-        return choice, f"warning: the memory of a step could not be estimated ({type(e).__name__}: {e}): trying {choice}"
+        choice = Choice(**{"rows": max(workload.least_rows, min(8, max(rows))), "checkpointing": True} | given)
+        fault = f"{type(e).__name__}: {e}"
+        return choice, f"warning: the memory of a step could not be estimated ({fault}): trying {choice}"
     T = workload.config.sequence_len
     found = choose(peak, gpu.memory, rows, T, given)
     if found is None:
@@ -385,13 +418,16 @@ def fit(workload: Workload, total: int, given: dict, gpu: Gpu) -> tuple[Choice, 
     beside = f"{reserve} are kept free for CUDA, NCCL and fragmentation"
     if needed > usable(gpu.memory):
         beside = f"warning: less is left than the {reserve} that CUDA, NCCL and fragmentation may take"
-    return choice, f"memory: {choice}: about {needed / 1e9:.1f} of {gpu.memory / 1e9:.1f} GB on each {gpu.name}; {beside}"
+    return choice, (f"memory: {choice}: about {needed / 1e9:.1f} of {gpu.memory / 1e9:.1f} GB on each {gpu.name}; "
+                    f"{beside}")
 
 
-def choose(peak, memory: float, rows: list[int], sequence_len: int, given: dict) -> tuple[Choice, float] | None:
+def choose(peak, memory: float, rows: list[int], sequence_len: int,
+           given: dict) -> tuple[Choice, float] | None:
     """
-    The best choice and its peak, of those that have the `given` fields and fit in `memory` bytes of each GPU; None where
-    none fits. peak: Estimate.peak or a like function. A choice that needs the reserve is taken only where flags gave it.
+    The best choice and its peak, of those that have the `given` fields and fit in `memory` bytes of each GPU;
+    None where none fits. peak: Estimate.peak or a like function. A choice that needs the reserve is taken
+    only where flags gave it.
     """
     rows = [given["rows"]] if "rows" in given else rows
     options = [c for c in preferences(rows, min(max(rows), -(-FAST_PASS_TOKENS // sequence_len)))
@@ -404,15 +440,19 @@ def choose(peak, memory: float, rows: list[int], sequence_len: int, given: dict)
 
 
 def refusal(peak, memory: float, rows: list[int], sequence_len: int, given: dict, where: str) -> ValueError:
-    """The error for `given` fields that do not fit: what they take, and which flags would. where: the GPUs, in words."""
+    """
+    The error for `given` fields that do not fit: what they take, and which flags would. where: the GPUs, in
+    words.
+    """
     names = {"rows": "--device-batch-size {}", "optimizer": "--optimizer {}"}
-    asked = [f"--{'' if v else 'no-'}gradient-checkpointing" if k == "checkpointing" else names[k].format(v)
+    flags = [f"--{'' if v else 'no-'}gradient-checkpointing" if k == "checkpointing" else names[k].format(v)
              for k, v in given.items()]
     least = min(peak(c) for c in preferences([given["rows"]] if "rows" in given else rows, 1)
                 if all(getattr(c, k) == v for k, v in given.items()))
-    needs = (f"{' '.join(asked) or 'this model'} takes at least {least / 1e9:.1f} GB on each of {where}, which have "
-             f"{memory / 1e9:.1f} GB, {usable(memory) / 1e9:.1f} GB beside what CUDA and NCCL take")
+    needs = (f"{' '.join(flags) or 'this model'} takes at least {least / 1e9:.1f} GB on each of {where}, which "
+             f"have {memory / 1e9:.1f} GB, {usable(memory) / 1e9:.1f} GB beside what CUDA and NCCL take")
     fits = choose(peak, memory, rows, sequence_len, {}) if given else None
     if fits is None:
-        return ValueError(f"{needs}: use more GPUs, or larger ones (`python -m scripts.plan --memory` lists what fits)")
+        return ValueError(f"{needs}: use more GPUs, or larger ones (`python -m scripts.plan --memory` lists what "
+                          "fits)")
     return ValueError(f"{needs}: {fits[0].flags()} would fit ({fits[1] / 1e9:.1f} GB)")

@@ -8,7 +8,7 @@ What the three stages of nanochat-d32's hybrid take, computed from the model its
 
 Without --memory and --nodes, four tables: parameters; FLOPs of a generated token by mode; memory; and what training costs:
 FLOPs per token of the step that the stage really runs (full pass, narrow pass and its teacher, what is frozen left out),
-tokens per hour, the hours and dollars that --tokens-per-param asks for, and what the hours and dollars of the project's
+tokens per hour, the hours and dollars that --tokens-per-param takes, and what the hours and dollars of the project's
 first plan buy in tokens.
 """
 import argparse

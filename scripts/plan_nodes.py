@@ -1,6 +1,7 @@
 """
-What several nodes exchange in a training step, for scripts/plan.py: the bytes that every collective moves, counted from the
-real sharding code (FSDP2, Muon) as rank 0 of a process group that exchanges nothing, and the step time that links allow.
+What several nodes exchange in a training step, for scripts/plan.py: the bytes that every collective moves,
+counted from the real sharding code (FSDP2, Muon) as rank 0 of a process group that exchanges nothing, and the
+step time that links allow.
 """
 import torch
 import torch.distributed as dist
@@ -13,7 +14,8 @@ from nanochat.step_estimate import Choice, Ranks, Workload, fake_ranks, possible
 from nanochat.training import GPU_TOKENS
 from scripts.plan_tables import show, step_flops
 
-# c10d's operator -> (name, how often a rank sends each byte that it does not hold, which tensor has all bytes)
+# c10d's operator -> (name, how often a rank sends each byte that it does not hold, which tensor has all
+# bytes)
 COLLECTIVES = {"_allgather_base_": ("all-gather", 1, 0), "_reduce_scatter_base_": ("reduce-scatter", 1, 1),
                "allreduce_": ("all-reduce", 2, 0), "alltoall_base_": ("all-to-all", 1, 1)}
 SILENT = {"barrier", "monitored_barrier_"}
@@ -23,9 +25,10 @@ ROWS = 4  # per pass, where --device-batch-size does not say
 
 class Exchanges(TorchDispatchMode):
     """
-    While it is active, adds up in `sent` {(collective, 'node' or 'network'): [calls, bytes]} what rank 0 sends to others, by
-    rings: of S bytes over n ranks (n - 1) / n S in an all-gather or reduce-scatter, twice that in an all-reduce. 'network':
-    some of the ranks are on other nodes than rank 0, which has the first `per_node` of them.
+    While it is active, adds up in `sent` {(collective, 'node' or 'network'): [calls, bytes]} what rank 0
+    sends to others, by rings: of S bytes over n ranks (n - 1) / n S in an all-gather or reduce-scatter, twice
+    that in an all-reduce. 'network': some of the ranks are on other nodes than rank 0, which has the first
+    `per_node` of them.
     """
     def __init__(self, per_node: int):
         super().__init__()
@@ -44,7 +47,7 @@ class Exchanges(TorchDispatchMode):
         ranks = dist.get_process_group_ranks(group)
         tensors = args[which] if isinstance(args[which], (list, tuple)) else [args[which]]
         size = sum(t.numel() * t.element_size() for t in tensors)
-        if name == "all-to-all" and (splits := args[4]):  # rows of the input for each rank: all but those for rank 0
+        if name == "all-to-all" and (splits := args[4]):  # the input's rows for each rank; rank 0 keeps its own
             size = size * (1 - splits[0] / max(1, sum(splits)))
         else:
             size = times * size * (len(ranks) - 1) / len(ranks)
@@ -68,9 +71,10 @@ def exchanged(workload: Workload, how: Choice, ranks: Ranks, update: bool) -> di
 
 def step_exchanges(workload: Workload, how: Choice, ranks: Ranks, passes: int) -> dict:
     """
-    Exchanges.sent of an optimizer step of so many passes. Passes are traced at two depths and extended linearly; the update,
-    in which ranks share out whole matrices, at full depth. What is exchanged once a step, not once a pass (norms, gradients
-    of what every rank holds whole), is counted once a pass: it is small.
+    Exchanges.sent of an optimizer step of so many passes. Passes are traced at two depths and extended
+    linearly; the update, in which ranks share out whole matrices, at full depth. What is exchanged once a
+    step, not once a pass (norms, gradients of what every rank holds whole), is counted once a pass: it is
+    small.
     """
     n = workload.config.n_layer
     if n > max(LAYERS):
@@ -87,7 +91,9 @@ def step_exchanges(workload: Workload, how: Choice, ranks: Ranks, passes: int) -
 
 
 def show_nodes(stages, args) -> dict:
-    """Prints and returns, for each stage and each number of nodes, what a step exchanges and how long it takes."""
+    """
+    Prints and returns, for each stage and each number of nodes, what a step exchanges and how long it takes.
+    """
     result = {}
     for stage in stages:
         flops = sum(step_flops(stage.model).values())
@@ -95,10 +101,10 @@ def show_nodes(stages, args) -> dict:
             ranks = Ranks(args.gpus * nodes, nodes)
             print(f"{stage.phase} on {ranks.world} GPUs: tracing, up to a minute", flush=True)
             result[f"{stage.phase}, {ranks.world} GPUs"] = _show_one(stage, ranks, flops, args)
-    print("\n  Bytes are those that one GPU sends in an optimizer step. 'node': to GPUs of its own node, at --nvlink; "
-          "'network': where\n  other nodes take part, at --network. A step takes between the compute alone, if all exchange "
-          f"is hidden behind it,\n  and the sum. Compute: {args.mfu:.0%} of the {args.gpu}'s bf16 peak. Latency is not "
-          "counted.")
+    print("\n  Bytes are those that one GPU sends in an optimizer step. 'node': to GPUs of its own node, at "
+          "--nvlink; 'network': where\n  other nodes take part, at --network. A step takes between the compute "
+          "alone, if all exchange overlaps with it,\n  and the sum of both. Compute: "
+          f"{args.mfu:.0%} of the {args.gpu}'s bf16 peak. Latency is not counted.")
     return result
 
 
@@ -121,4 +127,5 @@ def _show_one(stage, ranks: Ranks, flops: float, args) -> dict:
     print(f"  compute {compute:.2f} s, exchange {total:.2f} s: a step takes {max(compute, total):.2f} to "
           f"{compute + total:.2f} s")
     return {"rows": rows, "passes": passes, "compute_s": compute, "exchange_s": total,
-            "sent": {f"{name}, {where}": {"calls": calls, "bytes": size} for (name, where), (calls, size) in sent.items()}}
+            "sent": {f"{name}, {where}": {"calls": calls, "bytes": size}
+                     for (name, where), (calls, size) in sent.items()}}

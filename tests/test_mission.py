@@ -1,4 +1,7 @@
-"""The project's first four commands, as a user types them, on a model with nanochat-d32's files, names and width."""
+"""
+The project's first four commands, as a user types them, on a model with nanochat-d32's files, names and
+width.
+"""
 import http.server
 import os
 import re
@@ -30,7 +33,9 @@ GROW = "python -m scripts.surgery --expand-from=2048 --new-dim=2560"
 
 @pytest.fixture
 def shell(tmp_path):
-    """Starts a command line in a shell, with a HOME of its own, the installed entry points and a local hub."""
+    """
+    Starts a command line in a shell, with a HOME of its own, the installed entry points and a local hub.
+    """
     (tmp_path / "remote").mkdir()
     (tmp_path / "bin").mkdir()
     scripts = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[2].partition("\n[")[0]
@@ -61,16 +66,20 @@ def succeeds(process) -> str:
 
 
 def workers(process) -> list[int]:
-    """The ids of the training processes that torchrun started, of all ids in its session."""
-    found = subprocess.run(["ps", "-s", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if re.search(r"\S*python\S* .*-m scripts", line)
-            and "torchrun" not in line]
+    """The ids of the training processes below a shell's torchrun, which gives each a session of its own."""
+    found = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+    rows = [line.split(None, 2) for line in found.splitlines()]
+    below = {process.pid}
+    while more := {int(pid) for pid, parent, _ in rows if int(parent) in below} - below:
+        below |= more
+    return [int(pid) for pid, _, args in rows if int(pid) in below and "-m scripts." in args
+            and "torchrun" not in args]
 
 
 def publish(remote: Path) -> None:
     """A repository with the files of nanochat-d32, whose model has d32's width and a single layer."""
     tokenizer = Tokenizer.train_from_iterator(["some text to learn words from " * 50], 300)
-    config = GPTConfig(sequence_len=32, vocab_size=tokenizer.get_vocab_size(), n_layer=1)
+    config = GPTConfig(sequence_len=8, vocab_size=tokenizer.get_vocab_size(), n_layer=1)
     base = randomize(ckpt.build_model(config)).to(torch.bfloat16)
     ckpt.save_step(remote, 650, base, [], {})
     (remote / "optim_000650.pt").unlink()
@@ -80,8 +89,9 @@ def publish(remote: Path) -> None:
 @pytest.mark.slow
 def test_the_four_commands_as_written(tmp_path, shell):
     """
-    The training line derives a run of some 700,000 steps, so the test ends it as a scheduler would, by SIGTERM, once its
-    first step is shown, and exports what was saved, as its last line says; the last command then grows that.
+    The training line derives a run of some millions of steps, so the test ends it as a scheduler would, by
+    SIGTERM, when it shows its first step, and exports what was saved, as the refusal of the growth says. The
+    last command then grows that export.
     """
     publish(tmp_path / "remote")
     succeeds(shell(DOWNLOAD))
@@ -99,7 +109,8 @@ def test_the_four_commands_as_written(tmp_path, shell):
         training.wait(300)
     finally:
         if training.poll() is None:
-            os.killpg(training.pid, signal.SIGKILL)
+            for pid in [*workers(training), training.pid]:
+                os.kill(pid, signal.SIGKILL)
     out = "".join(lines)
     assert re.search(r"stopped by SIGTERM: step \d+ is saved", out), out
     assert re.search(r"steps [\d,]+ \(20 tokens per trained parameter\)", out), out

@@ -145,6 +145,16 @@ def test_trace_of_a_sharded_step(stage):
     assert again.at_peak["optimizer"] == trace.at_peak["optimizer"] and again.peak > trace.peak
 
 
+def test_a_trace_refuses_large_tensors_with_data():
+    """Weights must be fake. Random numbers for the rows of 1,024 ranks have data, and are as large."""
+    weights = torch.ones(2_000_000)
+    with memory_trace.traced():
+        scores = torch.rand(1024, 2048, generator=torch.Generator().manual_seed(0))[::512]
+        assert scores.sort().values.shape == (2, 2048)
+        with pytest.raises(AssertionError, match="a large tensor is not fake"):
+            weights * 2
+
+
 class Linear:
     """An Estimate by a rule of thumb: so many GB of state, and a GB or two a row."""
     def __init__(self, state: float):

@@ -1,6 +1,6 @@
 """
-What fits on which GPUs: the estimate against whole traces, the choice as a pure function, and the derivation on a machine
-that is told it has GPUs.
+What fits on which GPUs: the estimate against whole traces, the choice as a pure function, and the derivation
+on a machine that is told it has GPUs.
 """
 import argparse
 import itertools
@@ -47,7 +47,10 @@ H100 = Gpu("NVIDIA H100 80GB HBM3", 85_520_809_984)
     pytest.param(Workload(TINY, "controls", recipe="controls value"), id="controls", marks=pytest.mark.slow),
     pytest.param(Workload(TINY, "unfrozen", recipe="both", gate=True, draft_exit=2), id="both", marks=pytest.mark.slow)])
 def test_passes_and_update_apart_are_the_whole_step(workload):
-    """A shallow model is not extended: at the rows that are traced the parts must be those of one trace of a step."""
+    """
+    A shallow model is not extended: at the rows that are traced the parts must be those of one trace of a
+    step.
+    """
     ranks, how = Ranks(4), Choice(4, True, "adamw")
     some = [j for j in jobs(workload, ranks) if j.rows in (4, None) and j.checkpointing is not False]
     estimated = Estimate(workload, {job: job.run() for job in some})
@@ -64,7 +67,9 @@ def test_passes_and_update_apart_are_the_whole_step(workload):
 @pytest.mark.slow
 @pytest.mark.parametrize("workload", [LEAN, Workload(GROWN, "stage 2", TINY, recipe="lean")], ids=["stage 1", "stage 2"])
 def test_a_deep_model_is_extended_to_what_it_takes(workload):
-    """Traced at 8 and 12 layers and 4 and 8 rows, extended to 20 layers and 16 rows, against traces of these."""
+    """
+    Traced at 8 and 12 layers and 4 and 8 rows, extended to 20 layers and 16 rows, against traces of these.
+    """
     deep, ranks = workload.with_layers(20), Ranks(4)
     made = estimate(deep, ranks, processes=0)
     for checkpointing, optimizer in ((True, "muon"), (False, "adamw")):
@@ -86,7 +91,10 @@ def test_the_traces_run_in_processes_of_their_own():
 # --- the choice
 
 def peaks(state: float, row: float, muon: float = 0.0):
-    """Memory by rule, in GB: a state, so much per row (a tenth with checkpointing), Muon's buffers or AdamW's moments."""
+    """
+    Memory by rule, in GB: a state, so much per row (a tenth with checkpointing), Muon's buffers or AdamW's
+    moments.
+    """
     def peak(how):
         passes = state + how.rows * row * (0.1 if how.checkpointing else 1) + 4 * (how.optimizer == "adamw")
         return 1e9 * max(passes, state + (muon if how.optimizer == "muon" else 4))
@@ -149,7 +157,9 @@ def test_rows_make_whole_passes():
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Eight ranks, of which this is the first, with an H100 each; only the queries of torch.cuda are replaced."""
+    """
+    Eight ranks, of which this is the first, with an H100 each; only the queries of torch.cuda are replaced.
+    """
     def init(kind):
         assert kind == "cuda"
         return torch.device("cuda", 0)
@@ -211,7 +221,10 @@ def test_on_a_cpu_nothing_is_estimated(tmp_path):
 # --- how long a run takes
 
 def test_hours_dollars_and_steps_on_gpus(gpus, capsys):
-    """Twenty tokens per trained parameter of stage 1 are the README's 174 hours; a time gives as many steps as it buys."""
+    """
+    Twenty tokens per trained parameter of stage 1 are the README's 174 hours; a time gives as many steps as
+    it buys.
+    """
     config = HybridConfig.preset("d32")
     built = Workload(config, "stage 1", recipe="lean").build()
     trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
@@ -263,7 +276,10 @@ def test_a_resumed_run_keeps_its_steps_and_its_optimizer(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", ["both", "split", "single", "half", "every"])
 def test_flops_of_every_recipe(recipe):
-    """All of it is between the full pass alone and, for each token, a full pass, a narrow one and what teachers cost."""
+    """
+    All of it is between the full pass alone and, for each token, a full pass, a narrow one and what teachers
+    cost.
+    """
     model = build_model(TINY, "meta")
     full = ElasticStep(model, 0, 1, None).flops_per_token()["full"]
     parts = ElasticStep(model, 0, 1, recipe).flops_per_token()
@@ -293,7 +309,10 @@ def test_out_of_memory_names_the_flags_in_order():
 
 
 def test_cuda_is_configured_before_it_is_used(monkeypatch):
-    """Of the real init_processes: the settings are there when the first call to CUDA comes, and a user's own stay."""
+    """
+    Of the real init_processes: the settings are there when the first call to CUDA comes, and a user's own
+    stay.
+    """
     seen = {}
 
     def first_use(index):
