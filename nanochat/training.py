@@ -51,7 +51,7 @@ def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -
     p.add_argument("--num-iterations", type=int, default=-1, help="optimizer steps (default: derived and printed)")
     p.add_argument("--target-hours", type=float, default=None, metavar="H",
                    help="derive the number of steps from the hours that the run may take: on GPUs from their peak, assuming "
-                        f"that training reaches {MFU:.0%} of it, on a CPU from a timed step")
+                        f"that training reaches {MFU:.0%}% of it, on a CPU from a timed step")
     p.add_argument("--price", type=float, default=DOLLARS,
                    help=f"dollars per GPU hour, for the estimated cost of the run (default: {DOLLARS:g})")
     p.add_argument("--device-batch-size", type=int, default=-1,
