@@ -26,7 +26,7 @@ from nanochat.shards import EMBEDDED
 
 # Flags that say how a run is watched and kept, not what it computes: they may differ when it is resumed.
 WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log_every", "device", "compile", "checkpoint",
-            "export", "gradient_checkpointing", "max_skipped_steps"}
+            "export", "gradient_checkpointing", "max_skipped_steps", "allow_slow_mamba"}
 # Flags that follow from the number of processes: they may differ, as long as their product does not.
 SPLIT = {"device_batch_size"}
 
