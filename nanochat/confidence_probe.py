@@ -200,6 +200,15 @@ def check_trained(model) -> None:
                              "`python -m scripts.fractal_train --controls` on it, or choose ghost, whisper, normal or think")
 
 
+def is_trained(model) -> bool:
+    """Whether the model has trained controls, so that mode 'auto' can run."""
+    try:
+        check_trained(model)
+    except ValueError:
+        return False
+    return True
+
+
 class Controls:
     """
     Mode `auto` for the rows of one batch. `plan` picks their widths; it is then GPT.hidden's control, which lets tokens exit

@@ -26,6 +26,7 @@ from nanochat.matryoshka import prompt_flops, token_flops
 from nanochat.native import library
 from nanochat.sampling import check_settings, draw_tokens
 from nanochat.speculative import MAX_DRAFT, Draft, Record, Round, Speculation, candidates, round_flops
+from nanochat.tool_use import ToolUse
 
 
 def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None) -> None:
@@ -44,6 +45,21 @@ def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None)
     model.to(device_type).eval()
     if torch.device(device_type).type == "cpu":
         library()  # compiled now, if it ever is, and not within the first answer
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How much compute an answer may use: what Engine.stream takes under these names."""
+    mode: str | int | None = None
+    budget: float | None = None
+    depth: int | None = None
+    lossless: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [str(self.mode or "full"), f"budget {self.budget:g}" if self.budget is not None else "",
+                 f"depth {self.depth}" if self.depth is not None else "", "lossless" if self.lossless else ""]
+        return ", ".join(p for p in parts if p)
 
 
 @dataclass
@@ -82,6 +98,11 @@ class Trace:
                 "full_generated": float(full.sum())}
 
 
+def total_flops(flops: dict[str, float]) -> tuple[float, float]:
+    """(spent, at full compute) of an answer and its prompt together, from Trace.flops."""
+    return flops["prompt"] + flops["generated"], flops["full_prompt"] + flops["full_generated"]
+
+
 class Engine:
     """
     Decodes with a model and a tokenizer. `model` should have been through `prepare_inference`. calibration: what
@@ -108,10 +129,11 @@ class Engine:
     def stream(self, prompts: list[list[int]], max_tokens: int, mode=None, depth=None, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Iterable[int] = (),
                overflow: str = "stop", budget: float | None = None, control=None, lossless: bool = False,
-               draft: int | None = None) -> Iterator[list[tuple[int, int]]]:
+               draft: int | None = None, allowed: list[list[int]] | None = None,
+               ended: set[int] | None = None) -> Iterator[list[tuple[int, int]]]:
         """
         Yields, a step at a time, [(row, token id), ...] of the rows that are still going; a row ends after max_tokens
-        or before a token in `stop`.
+        or before a token in `stop`. Where a row calls the calculator, its result is forced into the row (tool_use.py).
 
         mode: a mode name or width (None: full) for all rows, or a list with one per row; 'auto' for all: the predictor
         picks each row's widths, the gate each token's exit and when a row expands.
@@ -123,6 +145,8 @@ class Engine:
         lossless: full width and depth decide every token, in fp32 the same tokens (greedy) or the same distribution as
         without mode and depth; these now say how tokens are drafted, the same for all rows (None or 'auto': chosen by
         what it has brought). draft: tokens drafted at a time, 1 to 8 (None: as many as pay, or none).
+        allowed: for each row the only tokens that may be drawn (the letters of a multiple choice, say); not with lossless.
+        ended: rows that the caller adds to this set end before their next token.
         ValueError for an empty prompt, one that leaves no room, or options out of range.
         """
         model, n = self.model, len(prompts)
@@ -139,6 +163,8 @@ class Engine:
         for d in depths:
             if d is not None and not 1 <= d <= n_block:
                 raise ValueError(f"depth {d} is out of range: this model has {n_block} blocks")
+        if allowed is not None and lossless:
+            raise ValueError("drafts know nothing of allowed tokens: decode without lossless")
         if lossless:
             drafts = self._drafts(modes, depths, budget, control, draft)
             modes, depths = [None] * n, [None] * n
@@ -172,6 +198,8 @@ class Engine:
             if control is not None:
                 widths = control.plan(prompts, cache.run_alone())
         self.traces = [Trace(len(p), tuple(w), control is not None) for p, w in zip(prompts, widths.tolist())]
+        tools = [ToolUse(self.tokenizer) for _ in prompts] if self.tokenizer is not None else None
+        calls = {tools[0].end} if tools else set()  # a token after which others may be forced
         self.speculation = None
         if lossless:
             self.speculation = Speculation(self.record, drafts, draft, settings, self.traces)
@@ -211,13 +239,15 @@ class Engine:
             A single row's next tokens in one call, about as many as fit in 20 ms, judging by the last call; a short prompt
             runs in the same call. None where that cannot be done: decoding must be greedy.
             """
-            if len(live) > 1 or temperature or (control is not None and control.bar is None):
+            if len(live) > 1 or temperature or allowed is not None or (control is not None and control.bar is None):
                 return None
             look()
             r, began = live[0], time.perf_counter()
+            if tools and tools[r].forced:
+                return None
             new = text[r][-1:] if cache.pos[0] else text[r]  # the prompt in the same call
-            out = cache.greedy(new, min(left[r], length - cache.pos[0] - len(new) + 1, self._pace), stop, levels, leave,
-                               control and control.bar(levels))
+            out = cache.greedy(new, min(left[r], length - cache.pos[0] - len(new) + 1, self._pace), stop | calls, levels,
+                               leave, control and control.bar(levels))
             if out is None:
                 return None
             tokens, left_at, undecided = out
@@ -230,8 +260,14 @@ class Engine:
                 self._pace = 1 + int(0.02 * len(tokens) / (time.perf_counter() - began))
             return [tokens]
 
+        def drawn(h, own):
+            logits = model.logits(h)
+            if allowed is not None:
+                logits = _only(logits, [allowed[r] for r in live])
+            return [[t] for t in draw_tokens(logits, settings, own)]
+
         def following(own):
-            return several() or [[t] for t in draw_tokens(model.logits(step()), settings, own)]
+            return several() or drawn(step(), own)
         with torch.inference_mode():
             if not lossless and (chosen := several()):
                 pass  # the prompt and its first token are done
@@ -239,7 +275,7 @@ class Engine:
                 h = self._prefill(text, widths, cache)[torch.arange(n), [len(t) - 1 for t in text]]
                 for trace in self.traces if not lossless else ():  # whose steps are appended as its tokens come
                     trace.steps.append((n_block, trace.widths))
-                chosen = [[t] for t in draw_tokens(model.logits(h), settings, generators)]
+                chosen = drawn(h, generators)
             else:
                 if max(map(len, text)) > 1:  # prompts go no deeper than their answers
                     cache.hold(*self._padded([t[:-1] for t in text]), model.resolve_widths(widths))
@@ -247,6 +283,10 @@ class Engine:
         while live:
             stay, kept = [], [[] for _ in live]
             for i, (r, tokens) in enumerate(zip(live, chosen)):
+                if ended and r in ended:
+                    continue
+                if tools:
+                    tokens = tools[r].next(tokens)
                 for token in tokens:
                     if lossless:
                         self.traces[r].steps.append((n_block, self.traces[r].widths))
@@ -254,6 +294,8 @@ class Engine:
                         break
                     kept[i].append(token)
                     text[r].append(token)
+                    if tools:
+                        tools[r].wrote(token)
                     left[r] -= 1
                     if left[r] == 0:
                         break
@@ -290,7 +332,8 @@ class Engine:
                 own = [generators[r] for r in live]
                 if lossless:
                     last = torch.tensor([text[r][-1:] for r in live], device=device)
-                    chosen = self.speculation(cache, live, last, own, max(left[r] for r in live))
+                    ends = [None if tools and tools[r].forced else calls for r in live]
+                    chosen = self.speculation(cache, live, last, own, max(left[r] for r in live), ends)
                 else:
                     chosen = following(own)
 
@@ -334,6 +377,14 @@ class Engine:
         for token in tokens:
             yield decoder.decode(self.tokenizer.id_to_bytes(token))
         yield decoder.decode(b"", final=True)
+
+
+def _only(logits: torch.Tensor, allowed: list[list[int]]) -> torch.Tensor:
+    """Logits (B, V) with minus infinity on all but each row's allowed tokens."""
+    out = torch.full_like(logits, float("-inf"))
+    for row, tokens in enumerate(allowed):
+        out[row, tokens] = logits[row, tokens]
+    return out
 
 
 def _per_row(value, n: int, what: str) -> list:

@@ -161,6 +161,12 @@ def expected_tokens(a: float, k: int) -> float:
     return k + 1 if a >= 1 else (1 - a ** (k + 1)) / (1 - a)
 
 
+def _until(tokens: list[int], ends: set[int] | None) -> list[int]:
+    """The tokens up to and with the first of `ends`; only the first token if ends is None."""
+    stop = 0 if ends is None else next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop + 1]
+
+
 class Speculation:
     """
     The rounds of one call of Engine.stream. drafts: the candidates. length: tokens per round (None: the policy decides,
@@ -226,9 +232,12 @@ class Speculation:
 
     # --- one round
 
-    def __call__(self, cache, live: list[int], last: torch.Tensor, generators: list, left: int) -> list[list[int]]:
+    def __call__(self, cache, live: list[int], last: torch.Tensor, generators: list, left: int,
+                 ends: list[set[int] | None] | None = None) -> list[list[int]]:
         """
         cache: all but the rows' newest tokens `last` (B, 1). left: tokens that the row with the most to come still wants.
+        ends: for each row the tokens after which others may be forced, so that nothing drafted after one is kept; None for
+        a row whose next token is forced: it gets one token, in whose place the forced one goes.
         Gives each row 1 or more new tokens; the cache then holds all but the newest again.
         """
         most = min(MAX_DRAFT, cache.length - max(cache.pos) - 1, left - 1)
@@ -259,6 +268,8 @@ class Speculation:
         drafted = now
         h = self._check(cache, draft, full, tokens)
         chosen = self._accept(torch.cat(tokens[1:], 1), q, self.model.logits(h), generators)
+        if ends is not None:
+            chosen = [_until(new, stop) for new, stop in zip(chosen, ends)]
         checked = time.perf_counter()
         cache.truncate([p + len(new) for p, new in zip(start, chosen)])
         end = time.perf_counter()

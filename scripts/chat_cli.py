@@ -12,9 +12,10 @@ import time
 from collections import Counter
 
 from nanochat import checkpoint_manager as ckpt
+from nanochat.chat import stop_tokens
 from nanochat.common import autodetect_device_type, cli
 from nanochat.confidence_probe import Controls, check_trained
-from nanochat.engine import Engine, prepare_inference
+from nanochat.engine import Engine, prepare_inference, total_flops
 from nanochat.speculative import candidates
 
 DEPTH_COLOURS = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)  # of a 256-colour terminal: green, shallow, to red
@@ -30,7 +31,7 @@ def print_trace(trace, model, count: int) -> None:
     if trace.rounds:
         print_rounds(trace, flops, count)
         return
-    spent, full = (flops[f"{k}prompt"] + flops[f"{k}generated"] for k in ("", "full_"))
+    spent, full = total_flops(flops)
     print(f"[FLOPs saved: {1 - flops['generated'] / flops['full_generated']:.1%} on the generated tokens, "
           f"{1 - spent / full:.1%} with the prompt]", file=sys.stderr)
 
@@ -94,7 +95,7 @@ def main(argv=None):
     check(args.mode)
     prepare_inference(model, device)
     engine = Engine(model, tokenizer, info.get("calibration"))
-    bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")
+    stop = stop_tokens(tokenizer)
 
     def answer(messages: list[dict]) -> str:
         if args.chat:
@@ -107,7 +108,7 @@ def main(argv=None):
         def counted():
             nonlocal count
             for token in engine.generate(ids, args.max_tokens, mode=args.mode, temperature=args.temperature,
-                                         top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=(bos, end),
+                                         top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=stop,
                                          budget=args.budget, lossless=args.lossless):
                 count += 1
                 if args.trace:

@@ -174,3 +174,18 @@ def test_a_full_context_slides_on_request(hybrid):
 def test_bad_options_are_named(hybrid, options, words):
     with pytest.raises(ValueError, match=words):
         list(Engine(hybrid, None).generate([1], 3, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "ghost"}, {"depth": 2}, {"mode": ["think", "ghost", "normal"]}])
+def test_allowed_tokens_restrict_each_row(hybrid, options):
+    """The answer to a multiple choice: the likeliest of the row's own letters, as the whole distribution has them."""
+    prompts, letters = PROMPTS[:3], [[65, 66, 67], [10, 20], [299]]
+    engine = Engine(hybrid, None)
+    got = [row[0] for row in engine.answers(prompts, 1, temperature=0, allowed=letters, **options)]
+    for r, prompt in enumerate(prompts):
+        mode = options.get("mode")
+        exits = torch.tensor([[6] * (len(prompt) - 1) + [options.get("depth", 6)]])
+        logits = hybrid(torch.tensor([prompt]), widths=mode[r] if isinstance(mode, list) else mode, exits=exits)[0, -1]
+        assert got[r] == max(letters[r], key=lambda t: float(logits[t]))
+    with pytest.raises(ValueError, match="without lossless"):
+        engine.answers(prompts, 1, allowed=letters, lossless=True)

@@ -1,5 +1,6 @@
 """The scripts as a user runs them, at toy size: the whole pipeline, exact resume, and every one-line error."""
 import argparse
+import fnmatch
 import importlib
 import json
 import os
@@ -508,8 +509,12 @@ def test_every_flag_has_help(monkeypatch):
 
 
 def test_an_installation_has_all_packages():
-    listed = re.search(r"^packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)[1]
-    assert sorted(re.findall(r'"([\w.]+)"', listed)) == sorted(p.parent.name for p in ROOT.glob("*/__init__.py"))
+    listed = re.search(r"^include = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    patterns = re.findall(r'"([\w.*]+)"', listed)
+    top = {p.parent.name for p in ROOT.glob("*/__init__.py")}
+    packages = [".".join(p.parent.relative_to(ROOT).parts) for t in top for p in (ROOT / t).rglob("__init__.py")]
+    assert "nanochat.tasks" in packages and {p.removesuffix("*") for p in patterns} == top
+    assert all(any(fnmatch.fnmatch(name, pattern) for pattern in patterns) for name in packages)
 
 
 def test_compare_steps_spends_the_same_on_every_kind(tmp_path, monkeypatch):

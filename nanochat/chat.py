@@ -1,0 +1,65 @@
+"""
+A conversation as a chat program sees it: whether a model can chat at all, what of a long conversation still fits, and the
+answer as text, without the tokens that only mark its parts.
+"""
+import codecs
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+
+import torch
+
+PROBE = {"messages": [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}]}
+
+
+@torch.inference_mode()
+def check_chats(model, tokenizer) -> None:
+    """
+    ValueError for a model that was never taught to chat: one that gives <|assistant_end|> after a finished answer less than
+    a tenth of the probability that it would have by chance.
+    """
+    ids, _ = tokenizer.render_conversation(PROBE)
+    end = tokenizer.encode_special("<|assistant_end|>")
+    ids = torch.tensor([ids[:ids.index(end)]], device=model.device)
+    chance = 1 / tokenizer.get_vocab_size()
+    if float(model(ids)[0, -1].float().softmax(-1)[end]) < 0.1 * chance:
+        raise ValueError("this is a base model: it was never taught to end an answer, so it cannot chat. Complete text with "
+                         "it, or train it on conversations first")
+
+
+def stop_tokens(tokenizer) -> set[int]:
+    """The tokens that end an answer: the assistant's end, and the beginning of another document."""
+    return {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
+
+
+def fit(tokenizer, messages: list[dict], room: int) -> tuple[list[int], int]:
+    """
+    (ids that end in <|assistant_start|>, how many of the oldest messages were dropped for them to fit into `room` tokens).
+    messages end with the user's; a system message stays. What is dropped are whole turns, a user's with its answer.
+    ValueError where the last message alone does not fit.
+    """
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(system):]
+
+    def rendered(pairs):
+        kept = [*system, *turns[2 * pairs:], {"role": "assistant", "content": ""}]
+        return tokenizer.render_for_completion({"messages": kept})
+    most = (len(turns) - 1) // 2
+    # Each pair that goes makes it shorter, so a few renderings find how many must go, however long the conversation is.
+    pairs = bisect_left(range(most), True, key=lambda n: len(rendered(n)) <= room)
+    ids = rendered(pairs)
+    if len(ids) > room:
+        raise ValueError(f"the message has {len(ids)} tokens, and the model's context has room for {room}: shorten it")
+    return ids, 2 * pairs
+
+
+def visible_text(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """
+    One piece of text for each token, in whole characters ('' while a character is unfinished); special tokens are never
+    shown, and a tool call with its output reads like text. What is left unfinished at the end comes as a last piece.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    special = set(tokenizer.get_special_tokens().values())
+    for token in tokens:
+        yield "" if token in special else decoder.decode(tokenizer.id_to_bytes(token))
+    if rest := decoder.decode(b"", final=True):
+        yield rest
