@@ -4,9 +4,9 @@ gated norm -> out_proj, with the parameter names, shapes, segment order and init
 
 One call serves any chunk of T >= 1 tokens: without a state it is the parallel form used in training; with a MambaState
 it continues from that state and advances it in place, be it prefill, one decoded token, a catch-up or a verification.
-What runs between the projections is in mamba_kernels.py: a chunked PyTorch form for every device, and on a GPU the Triton
-kernels of mamba-ssm and our own where they can be imported. Documents packed into one row share the state, as they share attention;
-a per-document reset would be one more argument of forward (the kernels' seq_idx), and is not built.
+What runs between the projections is in mamba_kernels.py: a chunked PyTorch form for every device, and on a GPU the
+Triton kernels of mamba-ssm and our own where they can be imported. Documents packed into one row share the state, as
+they share attention; a per-document reset would be one more argument of forward (the kernels' seq_idx), and is not built.
 """
 import functools
 import math
@@ -166,9 +166,9 @@ def choose_form(backend: str) -> str:
 
 def announce_form(model: nn.Module, device_type: str, training: bool = False, allow_slow: bool = False) -> None:
     """
-    Prints in one line which form the model's mixers run on a GPU, and why where it is the PyTorch form; warns of a GPU without
-    bf16. On a CPU, where there is no choice, nothing is printed; a line is printed once per process.
-    Raises ValueError where a training run of more than SLOW_LIMIT parameters would run the PyTorch form, unless allow_slow.
+    Prints in one line which form the model's mixers run on a GPU, and why where it is the PyTorch form; warns of a GPU
+    without bf16. On a CPU, where there is no choice, nothing is printed; a line is printed once per process.
+    Raises ValueError where training more than SLOW_LIMIT parameters would run the PyTorch form, unless allow_slow.
     """
     mixers = [m for m in model.modules() if isinstance(m, Mamba2)]
     if device_type != "cuda" or not mixers:
@@ -180,8 +180,8 @@ def announce_form(model: nn.Module, device_type: str, training: bool = False, al
         return
     why = kernels.why_no_cuda() or slow.sizes_error or "the PyTorch form was chosen (backend='torch')"
     if training and not allow_slow and sum(p.numel() for p in model.parameters()) > SLOW_LIMIT:
-        raise ValueError(f"Mamba-2 would train in its PyTorch form, at least twice as slow, because {why}; or accept that with "
-                         "--allow-slow-mamba")
+        raise ValueError(f"Mamba-2 would train in its PyTorch form, at least twice as slow, because {why}; or accept that "
+                         "with --allow-slow-mamba")
     _say_once(f"{'warning: ' if training else ''}Mamba-2 runs its PyTorch form, which is slower: {why}")
 
 
@@ -191,10 +191,10 @@ def _check_bf16() -> None:
         return
     name = torch.cuda.get_device_name()
     if get_compute_dtype("cuda") == torch.bfloat16:
-        raise ValueError(f"NANOCHAT_DTYPE=bfloat16 is set, but this GPU ({name}) has no bf16: unset it to compute in fp32, or "
-                         "use a GPU of compute capability 8.0 or later")
-    _say_once(f"warning: this GPU ({name}) has no bf16, so everything is computed in fp32, with twice the memory and several "
-              "times slower: a GPU of compute capability 8.0 or later has it")
+        raise ValueError(f"NANOCHAT_DTYPE=bfloat16 is set, but this GPU ({name}) has no bf16: unset it to compute in fp32, "
+                         "or use a GPU of compute capability 8.0 or later")
+    _say_once(f"warning: this GPU ({name}) has no bf16, so everything is computed in fp32, with twice the memory and "
+              "several times slower: a GPU of compute capability 8.0 or later has it")
 
 
 @functools.cache

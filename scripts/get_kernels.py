@@ -1,13 +1,14 @@
 """
-Fetches the Triton files of mamba-ssm that the Mamba-2 blocks run on a GPU. Nothing is compiled and nvcc is not needed: Triton
-compiles them for the GPU at their first use. Once they are there, running it again does nothing.
+Fetches the Triton files of mamba-ssm that the Mamba-2 blocks run on a GPU. Nothing is compiled and nvcc is not needed:
+Triton compiles them for the GPU at their first use. Once they are there, running it again does nothing.
 
     python -m scripts.get_kernels                       downloads them with pip (0.2 MB)
     python -m scripts.get_kernels --from mamba_ssm-2.3.2.post1.tar.gz
                                                         takes a source distribution at hand, for a machine without network
 
-The download is one pinned version, verified by its SHA-256. nanochat/kernels/upstream.py says where the files go, and why they
-are not installed as a package. At the end it is checked that the kernels can be imported, and where not, said why.
+The download is one pinned version, verified by its SHA-256 before anything of it runs. nanochat/kernels/upstream.py says
+where the files go, and why they are not installed as a package. At the end it is checked that the kernels can be
+imported, and where not, said why.
 """
 import argparse
 import hashlib
@@ -24,27 +25,36 @@ from nanochat.kernels import upstream
 
 def download(folder: Path) -> Path:
     """Has pip download the pinned source distribution into `folder`. Raises OSError with pip's reason where it cannot."""
+    pinned = folder / "pinned.txt"  # pip takes a hash from a file only; it verifies it before it runs setup.py
+    pinned.write_text(f"mamba-ssm=={upstream.VERSION} --hash=sha256:{upstream.SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-               "--no-binary", ":all:", "--no-build-isolation", "--dest", str(folder), f"mamba-ssm=={upstream.VERSION}"]
+               "--no-binary", ":all:", "--no-build-isolation", "--require-hashes", "--dest", str(folder), "-r", str(pinned)]
     # pip runs the distribution's setup.py for its metadata, which must not look for a compiler or download wheels.
     done = subprocess.run(command, env={**os.environ, "MAMBA_SKIP_CUDA_BUILD": "TRUE"}, capture_output=True, text=True)
     found = list(folder.glob("*.tar.gz"))
     if done.returncode or len(found) != 1:
-        lines = [line for line in done.stderr.splitlines() if "rror" in line] or done.stderr.splitlines() or ["no message"]
         missing = "ModuleNotFoundError" in done.stderr
-        raise OSError(f"pip could not download mamba-ssm {upstream.VERSION} ({lines[0].strip()}): "
+        raise OSError(f"pip could not download mamba-ssm {upstream.VERSION} ({_reason(done.stderr)}): "
                       + ("run `pip install setuptools wheel packaging` first" if missing else
-                         "on a machine with network run `MAMBA_SKIP_CUDA_BUILD=TRUE pip download --no-deps --no-binary :all: "
-                         f"--no-build-isolation mamba-ssm=={upstream.VERSION}`, copy the file here, and pass it with --from"))
+                         "on a machine with network run `MAMBA_SKIP_CUDA_BUILD=TRUE pip download --no-deps --no-binary "
+                         f":all: --no-build-isolation mamba-ssm=={upstream.VERSION}`, copy the file here, and pass it "
+                         "with --from"))
     return found[0]
+
+
+def _reason(text: str) -> str:
+    """The line of pip's output that says best what went wrong: its last error, without the ones that only lead to it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error:" in line or line.startswith("ERROR:")]
+    return (errors or lines or ["it gave no reason"])[-1]
 
 
 def unpack(sdist: Path, target: Path) -> None:
     """Verifies the source distribution and puts upstream.FILES of it into the new folder `target`, all or nothing."""
     got = hashlib.sha256(sdist.read_bytes()).hexdigest()
     if got != upstream.SHA256:
-        raise ValueError(f"{sdist} is not the source distribution of mamba-ssm {upstream.VERSION}: its SHA-256 is {got}, not "
-                         f"{upstream.SHA256}; download it anew with `{upstream.COMMAND}`")
+        raise ValueError(f"{sdist} is not the source distribution of mamba-ssm {upstream.VERSION}: its SHA-256 is {got}, "
+                         f"not {upstream.SHA256}; download it anew with `{upstream.COMMAND}`")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as made:
         new = Path(made) / "files"

@@ -4,13 +4,14 @@ mamba-ssm's Triton kernels and our own in Triton's interpreter, on CPU tensors: 
 Triton decides at its import whether kernels are interpreted, so this file runs in a process of its own, which
 test_interpreted_kernels.py starts:
 
-    python -m pytest tests/interpreted_kernels.py [-m "not slow"]
+    python -m pytest tests/interpreted_kernels.py [--all]
     python tests/interpreted_kernels.py            prints the errors of each kernel and dtype
 
 The interpreter covers the kernels' arithmetic, indexing and masks, and the launchers around them. It does not cover what the
 compiler makes of them, TF32, races between threads, or the choice of a tuning configuration: the first one runs.
 """
 import contextlib
+import functools
 import os
 import sys
 import types
@@ -51,7 +52,7 @@ def _widen(handle):
 
 
 def _patch_bf16():
-    """The interpreter of Triton 3.7 multiplies the uint16 of bf16 as integers in tl.dot, and truncates where a GPU rounds."""
+    """Triton 3.7's interpreter multiplies the uint16 of bf16 as integers in tl.dot, and truncates where a GPU rounds."""
     dot, cast = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl
 
     def cast_impl(self, src, to):
@@ -186,9 +187,11 @@ def params(*cases):
     return [pytest.param(*args, id=name, marks=pytest.mark.slow if slow else ()) for name, slow, args in cases]
 
 
-BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+BOTH = pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"),
+                                         pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.slow)])
 # b, T, H, P, G, N, chunk, initial: T below, at and above a chunk, one token, and the groups of stages 1, 2 and 3
-SCANS = params(("below", False, (2, 9, 4, 16, 2, 16, 16, True)), ("above", False, (1, 37, 2, 16, 1, 16, 16, False)),
+SCANS = params(("from a state", False, (1, 18, 2, 16, 2, 16, 16, True)),
+               ("below", True, (2, 9, 4, 16, 2, 16, 16, True)), ("above", True, (1, 37, 2, 16, 1, 16, 16, False)),
                ("one token", True, (2, 1, 4, 16, 2, 16, 16, True)), ("at", True, (2, 16, 4, 16, 2, 16, 16, False)),
                ("two chunks", True, (1, 32, 4, 16, 1, 16, 16, True)),
                ("8 groups", True, (1, 21, 8, 16, 8, 16, 16, True)), ("10 groups", True, (1, 21, 20, 16, 10, 16, 16, False)),
@@ -201,11 +204,13 @@ CONVS = params(("past", False, (2, 21, 70, 4, True)), ("no past", False, (1, 5, 
                ("one token", True, (1, 1, 68, 4, True)), ("two spans", True, (1, 300, 64, 4, True)),
                ("K 2", True, (2, 7, 20, 2, True)), ("K 3", True, (1, 35, 20, 3, False)), ("K 5", True, (1, 35, 20, 5, True)))
 # rows, d, group
-NORMS = params(("2 groups", False, ((2, 5), 96, 48)), ("1 group", True, ((1, 3), 64, 64)), ("decoding", True, ((2,), 96, 48)),
-               ("stage 1", True, ((1, 2), 6144, 768)), ("16 groups", True, ((150,), 256, 16)))
+NORMS = params(("2 groups", False, ((2, 5), 96, 48)), ("1 group", True, ((1, 3), 64, 64)),
+               ("decoding", True, ((2,), 96, 48)), ("stage 1", True, ((1, 2), 6144, 768)),
+               ("16 groups", True, ((150,), 256, 16)))
 # b, H, P, G, N
-STEPS = params(("2 groups", False, (2, 4, 16, 2, 16)), ("d32's", True, (1, 8, 64, 8, 128)), ("10 groups", True, (2, 20, 16, 10, 16)),
-               ("16 groups", True, (1, 16, 16, 16, 16)), ("odd sizes", True, (3, 3, 24, 1, 20)))
+STEPS = params(("2 groups", False, (2, 4, 16, 2, 16)), ("d32's", True, (1, 8, 64, 8, 128)),
+               ("10 groups", True, (2, 20, 16, 10, 16)), ("16 groups", True, (1, 16, 16, 16, 16)),
+               ("odd sizes", True, (3, 3, 24, 1, 20)))
 
 
 def check(found, dtype):
@@ -244,7 +249,8 @@ def pair(dtype=torch.float32, **sizes):
     out = []
     for backend in ("auto", "torch"):
         torch.manual_seed(0)
-        m = Mamba2(32, **{"d_state": 16, "headdim": 16, "chunk_size": 16, "ngroups": 2, "expand": 3, **sizes}, backend=backend)
+        small = {"d_state": 16, "headdim": 16, "chunk_size": 16, "ngroups": 2, "expand": 3}
+        m = Mamba2(32, **{**small, **sizes}, backend=backend)
         m.init_weights()
         for p in (m.D, m.norm.weight):
             torch.nn.init.normal_(p, 1, 0.3)
@@ -258,7 +264,7 @@ def training_gradients(function, mixer, u, g):
     return [y, *torch.autograd.grad(y, [u, *mixer.parameters()], g)]
 
 
-@pytest.mark.parametrize("how", params(("eager", False, ("eager",)), ("checkpointed", True, ("checkpointed",)),
+@pytest.mark.parametrize("how", params(("eager", True, ("eager",)), ("checkpointed", True, ("checkpointed",)),
                                        ("compiled", True, ("compiled",)), ("checkpointed and compiled", True, ("both",))))
 def test_training(how):
     """Outputs and every gradient are the PyTorch form's, and nearer than 1e-5 to the definition in fp64."""
@@ -288,7 +294,7 @@ def assert_same(states, tol):
 
 # 12 heads: rows of in_proj's output at odd distances, as in models whose number of SSM heads is no multiple of 8
 @pytest.mark.parametrize("rows,sizes,dtype", params(
-    ("two rows", False, (2, {}, torch.float32)), ("one row", True, (1, {"expand": 6}, torch.float32)),
+    ("two rows", True, (2, {}, torch.float32)), ("one row", True, (1, {"expand": 6}, torch.float32)),
     ("bf16", True, (2, {"ngroups": 1}, torch.bfloat16))))
 @torch.no_grad()
 def test_every_kind_of_call_advances_the_same_state(rows, sizes, dtype):
@@ -338,11 +344,12 @@ def test_training_on_from_a_state():
     both, u = pair(), torch.randn(1, 30, 32)
     results, states = [], []
     for m in both:
-        states.append(m.new_state(1, "cpu", torch.float32))
+        state = m.new_state(1, "cpu", torch.float32)
         with torch.no_grad():
-            m(u[:, :18], states[-1])
-        results.append(training_gradients(lambda v: m(v, states[-1]), m, u[:, 18:].clone().requires_grad_(),
+            m(u[:, :18], state)
+        results.append(training_gradients(functools.partial(m, state=state), m, u[:, 18:].clone().requires_grad_(),
                                           torch.ones(1, 12, 32)))
+        states.append(state)
     for a, b in zip(*results, strict=True):
         assert rel(a, b) < 1e-5
     assert_same(states, 1e-5)
@@ -381,6 +388,7 @@ def test_operator_is_well_formed(name, rows, tokens):
     torch.library.opcheck(*operator_calls(rows, tokens)[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv backward", "scan backward", "norm backward", "norm"])
 def test_results_have_the_promised_strides(name):
     """Compiled code reads results by the strides that the fake operator gave."""

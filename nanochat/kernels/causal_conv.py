@@ -3,10 +3,10 @@ Depthwise causal convolution and SiLU as Triton kernels: forward, backward, and 
 
     y[t, c] = silu(bias[c] + sum_j weight[c, j] x[t - K + 1 + j, c]),  where x before token 0 is `past`, or zero.
 
-All three are bound by memory traffic. A program computes a tile of tokens x channels and loads its inputs once per tap, shifted
-by a token; the repeats come from the cache. Any strides, numbers of channels and taps are served. Inputs, outputs and
-gradients are in the activations' dtype, arithmetic and sums in fp32. Offsets of rows and tiles are int64: a batch may have
-more than 2^31 elements. Nothing is tuned at run time: the tile sizes are constants.
+All three are bound by memory traffic. A program computes a tile of tokens x channels and loads its inputs once per tap,
+shifted by a token; the repeats come from the cache. Any strides, numbers of channels and taps are served. Inputs,
+outputs and gradients are in the activations' dtype, arithmetic and sums in fp32. Offsets of rows and tiles are int64: a
+batch may have more than 2^31 elements. Nothing is tuned at run time: the tile sizes are constants.
 """
 import torch
 import triton

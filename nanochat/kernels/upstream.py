@@ -101,10 +101,10 @@ def load() -> types.SimpleNamespace:
 
 class _bare_package:
     """
-    Inside, `import NAME.x` finds the files in `folder` without running its __init__. Afterwards the table of imported modules
-    is as before, so that another user of the package (transformers is one) imports it as if we had not been here. What this
-    process has imported already as NAME stays aside meanwhile. causal_conv1d, which mamba-ssm imports if it can and we do
-    not need, is hidden, since a broken build of it would fail here.
+    Inside, `import NAME.x` finds the files in `folder` without running its __init__. Afterwards the table of imported
+    modules is as before, so that another user of the package (transformers is one) imports it as if we had not been here.
+    What this process has imported already as NAME stays aside meanwhile. causal_conv1d, which mamba-ssm imports if it can
+    and we do not need, is hidden, since a broken build of it would fail here.
     """
     def __init__(self, name: str, folder: Path):
         self.name, self.hidden = name, "causal_conv1d"
