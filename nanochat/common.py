@@ -6,6 +6,8 @@ import contextlib
 import errno
 import functools
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -63,6 +65,45 @@ class Progress:
 def autodetect_device_type() -> str:
     """'cuda' where there is one, else 'cpu'."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")  # Linux: one folder for each GPU that the driver has found
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, whatever torch sees: the driver lists one, or nvidia-smi does."""
+    with contextlib.suppress(OSError):
+        if any(NVIDIA_GPUS.iterdir()):
+            return True
+    if shutil.which("nvidia-smi") is None:
+        return False
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
+def find_device_type(requested: str | None) -> str:
+    """
+    'cuda' or 'cpu': what --device-type requests, or, if None, cuda where torch sees one. ValueError if cuda is requested
+    and torch sees none. Prints a warning if the CPU is only the default because torch cannot use the machine's GPU.
+    """
+    if torch.cuda.is_available() or requested == "cpu":
+        return requested or "cuda"
+    fault = "torch sees no CUDA device: drop the flag to run on the CPU"
+    if has_nvidia_gpu():
+        if torch.version.cuda is None:
+            fault = (f"this machine has an NVIDIA GPU, but torch {torch.__version__} was built without CUDA: install the "
+                     f"CUDA build with `pip install --force-reinstall torch=={torch.__version__.partition('+')[0]}`")
+        else:
+            fault = (f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it: the driver must support "
+                     f"CUDA {torch.version.cuda} (nvidia-smi shows what it supports), so update the driver")
+        if requested is None:
+            print0(f"warning: running on the CPU, because {fault}")
+    if requested == "cuda":
+        raise ValueError(f"--device-type cuda cannot be used: {fault}")
+    return "cpu"
 
 
 def has_native_bf16(device_type: str) -> bool:

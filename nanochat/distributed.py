@@ -12,6 +12,8 @@ share of the global batch, so that any number of ranks makes the same step (in a
 """
 import functools
 import os
+from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,10 +26,22 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.common import get_rank
 from nanochat.hybrid_gpt import stays_fp32
 
+# How long a rank waits for the others before the job is ended. Rank 0 alone fetches data and writes the export
+# (103 GB at the end of stage 3: an hour at 30 MB/s), and NCCL's default of 10 minutes would end the job meanwhile.
+# Dead ranks need no timeout: torchrun ends a job when one of its processes dies.
+TIMEOUT = timedelta(hours=6)
+
+
+class Gpu(NamedTuple):
+    """A GPU's name and its memory in bytes."""
+    name: str
+    memory: int
+
 
 def init_processes(device_type: str) -> torch.device:
     """This process's device, after it has joined the others that torchrun started, if it did."""
     if device_type == "cuda":
+        configure_cuda()
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         device_type = f"cuda:{torch.cuda.current_device()}"
     rank, world = get_rank()
@@ -35,13 +49,37 @@ def init_processes(device_type: str) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if device_type.startswith("cuda") else "gloo"
         attempt, one_node = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("LOCAL_WORLD_SIZE") == str(world)
         if attempt is None or not one_node:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=TIMEOUT)
         else:
             # torch 2.13's launcher keeps one store over its restarts: ranks would wait for the addresses of dead ones
             store, _, _ = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(f"attempt_{attempt}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return torch.device(device_type)
+
+
+def configure_cuda() -> None:
+    """
+    Settings of this process for CUDA, before its first use: memory segments that grow, so that less of it is lost
+    to fragments (unless the environment configures the allocator), and TF32 for what is left of fp32 products.
+    """
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    torch.set_float32_matmul_precision("high")
+
+
+def smallest_gpu() -> Gpu:
+    """Of the GPUs that the ranks hold, the one with the least memory; all ranks call."""
+    own = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return min(everyone(Gpu(own.name, own.total_memory)), key=lambda gpu: gpu.memory)
+
+
+def barrier() -> None:
+    """
+    Returns when all ranks are here. They wait in gloo, on the CPU. To be called after a long write by one rank: in a
+    collective on the GPUs the others would wait under NCCL's watchdog, which ends the job.
+    """
+    everyone(None)
 
 
 def make_mesh(device_type: str, nodes: int | None = None) -> DeviceMesh | None:

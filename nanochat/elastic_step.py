@@ -20,6 +20,7 @@ from nanochat.loss_eval import (
     sample_students,
     tokens_of_rows,
 )
+from nanochat.matryoshka import sample_levels
 from nanochat.training import Share, pass_flops
 
 PASSES_APART = 0x9E3779B1  # the generator's seed is its lowest 32 bits, which multiples of 2^32 / 1.618 fill most evenly
@@ -144,6 +145,31 @@ class ElasticStep:
             tokens, depth = x[s.start:s.stop].numel(), self.model.config.n_block if s.exits is None else int(s.exits.max())
             total += self.flops(s.widths, tokens) * depth / self.model.config.n_block + self._head * tokens
         return total
+
+    def flops_per_token(self, draws: int = 100) -> dict[str, float] | None:
+        """
+        FLOPs of a training step per token of its batch, by part, as MFU counts them (recomputed activations are not):
+        'full' passes, 'exits' (what some tokens answer on the way), 'teacher' (forward only) and 'narrow' passes, the
+        mean over so many draws of their levels. None where controls are trained: what they decide sets their cost.
+        """
+        c, g = self.model.config, torch.Generator().manual_seed(0)
+        parts = dict.fromkeys(("full", "exits", "teacher", "narrow"), 0.0)
+        exits = self.exit_flops(PROBED) / c.sequence_len
+        if self.recipe is None:
+            return parts | {"full": self.flops(None, 1)}
+        if self.recipe.startswith("controls"):
+            return None
+        if self.recipe in TAUGHT:
+            x = torch.zeros(4, c.sequence_len, dtype=torch.long)
+            students = [self._students(i, *x.shape, random_splits(*x.shape, g), g, 0, 1)
+                        for i in range(draws if self.sample else 1)]
+            narrow = sum(self.student_flops(some, x) for some in students) / len(students) / x.numel()
+            return parts | {"full": self.flops(None, 1), "exits": exits, "narrow": narrow}
+        narrow = sum(self.flops(sample_levels(self.levels, c.n_block, g), 1) for _ in range(draws)) / draws
+        if self.recipe == "single":
+            return parts | {"narrow": narrow}
+        return {"full": self.flops(None, 1) / 2, "exits": exits / 2, "narrow": narrow / 2,
+                "teacher": self.looking_flops() / 2 if self.recipe == "lean" else 0.0}
 
     def exit_flops(self, tokens: int) -> float:
         """Of what so many tokens answer at the exit points, forward and backward, and of the answers they learn from."""

@@ -20,6 +20,15 @@ RETRY_SECONDS = 1.0  # first wait after a failed transfer; doubles
 ATTEMPTS = 3
 
 
+def huggingface_cli() -> None:
+    """
+    The command `huggingface-cli`, under which nanochat's instructions download d32: the library's own CLI, which since
+    huggingface_hub 1.0 is installed as `hf` only and takes the same arguments.
+    """
+    from huggingface_hub.cli import hf
+    hf.main()
+
+
 def _attempt(action: Callable, what: str, folder: Path):
     """action(), tried again after a wait when the transfer failed. Raises ValueError or OSError with the remedy."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError

@@ -40,6 +40,7 @@ class MemoryTrace(TorchDispatchMode):
         self.live = dict.fromkeys(CATEGORIES, 0)
         self.phase = None
         self._known: dict[int, list] = {}  # a storage's address -> [category, bytes, weak reference]
+        self._drawn: set[int] = set()  # addresses of storages of random numbers, which have data
         self.reset_peak()
 
     def reset_peak(self) -> None:
@@ -75,6 +76,7 @@ class MemoryTrace(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         category, size, _ = self._known.pop(key)
+        self._drawn.discard(key)
         self.live[category] -= size
 
     def _grow(self, entry: list, size: int) -> None:
@@ -122,17 +124,25 @@ class MemoryTrace(TorchDispatchMode):
                 return _FUNCTIONS[func.overloadpacket](*args, **kwargs)
         if inputs:
             if not any(isinstance(t, FakeTensor) or t.is_meta for t in inputs):
-                assert not any(t.is_floating_point() and t.numel() > 1e6 for t in inputs), "a large tensor is not fake"
+                assert not any(self._is_large(t) for t in inputs), "a large tensor is not fake"
                 return func(*args, **kwargs)
             if func is aten._local_scalar_dense.default:
                 return 0.5  # a loss, for a log
             if func is aten.index.Tensor:  # a mask's true entries are known here, and not to a fake operator
                 masks = [i is not None and i.dtype == torch.bool and not isinstance(i, FakeTensor) for i in args[1]]
                 args = (args[0], [j for i, m in zip(args[1], masks) for j in (i.nonzero().unbind(1) if m else (i,))])
-        elif kwargs.get("generator") is not None or _is_integer(func, kwargs.get("dtype")):
+        elif kwargs.get("generator") is not None:
+            out = func(*args, **kwargs)
+            self._drawn.add(out.untyped_storage()._cdata)
+            return out
+        elif _is_integer(func, kwargs.get("dtype")):
             return func(*args, **kwargs)
         with self.fake:
             return func(*args, **kwargs)
+
+    def _is_large(self, t: torch.Tensor) -> bool:
+        """Whether a tensor with data is as large as weights; random numbers for all ranks' rows may be."""
+        return t.is_floating_point() and t.numel() > 1e6 and t.untyped_storage()._cdata not in self._drawn
 
 
 def _is_integer(func, dtype: torch.dtype | None) -> bool:

@@ -20,6 +20,11 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
               "4090": 165e12, "A10": 125e12}
 
 
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a GPU, in FLOP/s, by its name; None for one that PEAK_FLOPS does not know."""
+    return next((v for k, v in PEAK_FLOPS.items() if k in device_name), None)
+
+
 class Monitor:
     """
     Of one run in `folder`, steps `start` to `total`, of `tokens` each. wandb_run: its name there, or None; settings: what
@@ -29,8 +34,7 @@ class Monitor:
                  settings: dict):
         self.folder, self.total, self.device, self.tokens = Path(folder), total, device, tokens
         self.times, self.wandb, self.bar, self.log = [], None, None, None
-        name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-        self.peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
+        self.peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
         if get_rank()[0]:
             return
         if wandb_run:

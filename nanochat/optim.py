@@ -1,5 +1,6 @@
 """
-Optimizers: Muon for the matrices of the blocks, torch's AdamW for the rest, in nanochat's groups.
+Optimizers: Muon for the matrices of the blocks, torch's AdamW for the rest, in nanochat's groups; or AdamW for all, which
+keeps 4 bytes more per matrix entry and needs no buffers beside that.
 
 Every trainable parameter has exactly one owner, found by the first rule whose pattern matches its name. Both optimizers
 run on whole or sharded parameters (distributed.py), and both leave the old corner of a grown matrix bit for bit as it is
@@ -23,6 +24,10 @@ RULES = (
     (r"\.(A_log|dt_bias|D|conv1d\.weight|conv1d\.bias|norm\.weight|ve_gate\.weight)$", "scalar"),
     (r"^transformer\.h\.\d+\.(attn|mlp|mamba)\.\w+\.weight$", "matrix"),
 )
+
+OPTIMIZERS = ("muon", "adamw")  # what steps the matrices of the blocks
+MATRIX_LR = {"muon": 0.02, "adamw": 0.003}  # default learning rates of these; AdamW's at width 768 (dev/LOG.md)
+CONTROL_LR = 0.002
 
 
 def group_of(name: str) -> str:
@@ -177,9 +182,10 @@ class AdamW(torch.optim.AdamW):
 
 
 def setup_optimizers(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, scalar_lr=0.004,
-                     control_lr=0.002, weight_decay=0.0, frozen: dict | None = None) -> list:
+                     weight_decay=0.0, frozen: dict | None = None, optimizer: str = "muon") -> list:
     """
-    [AdamW, Muon] over the model's trainable parameters (an optimizer without any is left out). AdamW's learning rates
+    [AdamW, Muon] over the model's trainable parameters (an optimizer without any is left out), or, with optimizer 'adamw',
+    AdamW over all of them; matrix_lr is then AdamW's too (MATRIX_LR has both defaults). AdamW's learning rates
     are given for width 768 and scaled by (width / 768)^-0.5, except the controls', whose size hardly varies. weight_decay:
     of matrices, embeddings and head (0 is nanochat-d32's choice). frozen: name -> boxes that stay as they are (stages.py).
     Each group carries its name and `initial_lr`, which the schedule multiplies.
@@ -195,12 +201,15 @@ def setup_optimizers(model, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.0
     trainable = [id(p) for p in model.parameters() if p.requires_grad]
     assert len(owned) == len(set(owned)) and set(owned) == set(trainable), "a parameter has no owner, or two"
 
+    assert optimizer in OPTIMIZERS, optimizer
     scale = (model.config.n_embd / 768) ** -0.5
+    matrix_lr *= 1.0 if optimizer == "muon" else scale
     rates = {"embedding": (embedding_lr * scale, weight_decay), "unembedding": (unembedding_lr * scale, weight_decay),
-             "scalar": (scalar_lr * scale, 0.0), "control": (control_lr, 0.0), "matrix": (matrix_lr, weight_decay)}
+             "scalar": (scalar_lr * scale, 0.0), "control": (CONTROL_LR, 0.0), "matrix": (matrix_lr, weight_decay)}
     groups = [{"params": members[kind, sharded], "lr": lr, "initial_lr": lr, "weight_decay": decay, "name": kind}
               for kind, (lr, decay) in rates.items() for sharded in (False, True) if (kind, sharded) in members]
-    adam, muon = ([g for g in groups if (g["name"] == "matrix") == is_matrix] for is_matrix in (False, True))
+    muon = [g for g in groups if g["name"] == "matrix" and optimizer == "muon"]
+    adam = [g for g in groups if g not in muon]
     optimizers = []
     if adam:
         optimizers.append(AdamW(adam, _of(adam, boxes), betas=(0.8, 0.95), eps=1e-10))
@@ -214,7 +223,8 @@ def _of(groups, boxes):
     return {p: b for p, b in boxes.items() if p in own}
 
 
-def state_bytes(model) -> tuple[int, int]:
+def state_bytes(model, optimizer: str = "muon") -> tuple[int, int]:
     """Bytes of optimizer state, fp32: of the trainable parameters, and if all were trained. Works on the meta device."""
-    each = [(p.numel() * (4 if group_of(name) == "matrix" else 8), p.requires_grad) for name, p in model.named_parameters()]
+    each = [(p.numel() * (4 if group_of(name) == "matrix" and optimizer == "muon" else 8), p.requires_grad)
+            for name, p in model.named_parameters()]
     return sum(n for n, trained in each if trained), sum(n for n, _ in each)

@@ -38,19 +38,24 @@ def frozen_boxes(config: HybridConfig, provenance: dict | None) -> dict[str, lis
     Name -> the boxes of a grown model's tensors that stages 2 and 3 keep as they are: all that its latest growth found
     there, outside the Mamba mixers and the controls. ValueError where the provenance does not say what that was.
     """
-    grown = next((p for p in history(provenance) if p.get("surgery") == "grow"), {})
-    was = grown.get("old_config")
-    names = {f.name for f in fields(HybridConfig)}
-    if not isinstance(was, dict) or set(was) != names:
-        raise ValueError("the checkpoint does not say what it was grown from, so there is no telling old entries from new: "
-                         "grow it again with `python -m scripts.surgery --expand-from=...`, or train all with --unfreeze")
-    old = HybridConfig(**was)
+    old = grown_from(provenance)
     if not (old.n_embd < config.n_embd and old.n_layer == config.n_layer and old.vocab_size == config.vocab_size
             and old.head_dim == config.head_dim and old.d_ref == config.d_ref):
         raise ValueError(f"the checkpoint says it was grown from width {old.n_embd} with {old.n_layer} layers, which cannot "
                          f"become its own {config.n_embd} with {config.n_layer}: its config.json was changed")
     return {name: boxes for name, boxes in old_boxes(old, config).items()
             if ".mamba." not in name and not name.startswith(CONTROLS)}
+
+
+def grown_from(provenance: dict | None) -> HybridConfig:
+    """The config that a model had before its latest growth. ValueError where its provenance does not say."""
+    grown = next((p for p in history(provenance) if p.get("surgery") == "grow"), {})
+    was = grown.get("old_config")
+    names = {f.name for f in fields(HybridConfig)}
+    if not isinstance(was, dict) or set(was) != names:
+        raise ValueError("the checkpoint does not say what it was grown from, so there is no telling old entries from new: "
+                         "grow it again with `python -m scripts.surgery --expand-from=...`, or train all with --unfreeze")
+    return HybridConfig(**was)
 
 
 def set_trained(model: HybridGPT, phase: str, gate: bool = False, boxes: dict | None = None) -> None:

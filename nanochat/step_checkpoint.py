@@ -31,7 +31,8 @@ from torch.distributed.checkpoint import metadata as md
 
 from nanochat.checkpoint_manager import load_json, save_json
 from nanochat.common import fsync_dir, get_rank, print0
-from nanochat.distributed import everyone
+from nanochat.distributed import TIMEOUT, everyone
+from nanochat.optim import OPTIMIZERS
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves alone: that is meant
 
@@ -210,21 +211,25 @@ def _sum(path: Path) -> tuple[int, int]:
 
 def settle(args, folder: Path) -> bool:
     """
-    Gives the batch flags that `args` leave open the values of the run that is to be resumed, on however many ranks; returns
-    whether there is one.
+    Gives the batch flags and the optimizer that `args` leave open the values of the run that is to be resumed, on however
+    many ranks, and the number of steps if both derive it from the same --target-hours; returns whether there is a run.
     """
     for step in reversed(steps(folder)):
         try:
             settings = read_meta(path_of(folder, step))["settings"]
-            found = {name: settings[name] for name in ("total_batch_size", "eval_tokens")}
+            found = {name: settings[name] for name in ("total_batch_size", "eval_tokens", "num_iterations")}
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged: find_whole will say so
         if not all(type(value) is int and value > 0 for value in found.values()):
             raise ValueError(f"the settings in {path_of(folder, step)}/meta.json are none ({found}): use a checkpoint from "
                              "a source you trust, or --fresh to start over")
+        if args.target_hours is None or settings.get("target_hours") != args.target_hours:
+            del found["num_iterations"]
         for name, value in found.items():
             if getattr(args, name) == -1:
                 setattr(args, name, value)
+        if args.optimizer is None and settings.get("optimizer") in OPTIMIZERS:
+            args.optimizer = settings["optimizer"]
         return True
     return False
 
@@ -278,7 +283,7 @@ class Saver:
         assert keep > 0, keep
         self.folder, self.keep = Path(folder), keep
         # of its own: the thread's exchanges must not mix with the training's
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.is_initialized() else None
         self.thread = self.error = None
 
     def save(self, step: int, model, optimizers: list, meta: dict, own: dict) -> None:
@@ -320,7 +325,9 @@ class Saver:
             fault = e
         self._agree(fault, new, final)
         try:
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(new), process_group=self.group, no_dist=self.group is None)
+            # The tensors are on the CPU. Copying ahead would open a CUDA context in this thread, on GPU 0 for every rank.
+            writer = dcp.FileSystemWriter(new, per_thread_copy_ahead=0)
+            dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             save_json(own, new / f"rank_{rank}.json")
             names = [f"rank_{rank}.json", *(p.name for p in new.glob(f"__{rank}_*.distcp")), *([".metadata"] * (rank == 0))]
             sums = {name: _sum(new / name) for name in names}

@@ -3,6 +3,7 @@ The training loop that base_train and fractal_train share: schedule, gradient ac
 steps that are skipped, checkpoints, and resuming where an interrupted run stopped.
 """
 import argparse
+import contextlib
 import json
 import math
 import signal
@@ -16,32 +17,56 @@ import torch
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat import mixture, step_checkpoint
-from nanochat.common import autodetect_device_type, get_compute_dtype, get_rank, print0
+from nanochat.common import find_device_type, get_compute_dtype, get_rank, print0
 from nanochat.dataloader import DataLoader
-from nanochat.distributed import all_sum, everyone, gradient_norm, init_processes, local, reduce_whole
+from nanochat.distributed import (
+    Gpu,
+    all_sum,
+    everyone,
+    gradient_norm,
+    init_processes,
+    local,
+    reduce_whole,
+    smallest_gpu,
+)
 from nanochat.loss_eval import PROBED
 from nanochat.matryoshka import block_cost
-from nanochat.monitor import Monitor, timer
+from nanochat.monitor import Monitor, peak_flops, timer
+from nanochat.optim import MATRIX_LR, OPTIMIZERS
 from nanochat.shards import EMBEDDED
 
 # Flags that say how a run is watched and kept, not what it computes: they may differ when it is resumed.
-WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log_every", "device", "compile", "checkpoint",
-            "export", "gradient_checkpointing", "max_skipped_steps", "allow_slow_mamba"}
+WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log_every", "device_type", "compile",
+            "checkpoint", "export", "gradient_checkpointing", "max_skipped_steps", "price",
+            "allow_slow_mamba"}
 # Flags that follow from the number of processes: they may differ, as long as their product does not.
 SPLIT = {"device_batch_size"}
+GPU_TOKENS = 524288  # per optimizer step on GPUs, as nanochat
+MFU = 0.4  # assumed share of the GPUs' bf16 peak, before the first step has been timed
+DOLLARS = 3.0  # per GPU hour
 
 
 def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -> None:
     """The flags that every training script has. data: the default of --data; None: mixture.default_data's choice."""
     mixture.add_data_arg(p, data)
     p.add_argument("--num-iterations", type=int, default=-1, help="optimizer steps (default: derived and printed)")
+    p.add_argument("--target-hours", type=float, default=None, metavar="H",
+                   help="derive the number of steps from the hours that the run may take: on GPUs from their peak, assuming "
+                        f"that training reaches {MFU:.0%}% of it, on a CPU from a timed step")
+    p.add_argument("--price", type=float, default=DOLLARS,
+                   help=f"dollars per GPU hour, for the estimated cost of the run (default: {DOLLARS:g})")
     p.add_argument("--device-batch-size", type=int, default=-1,
-                   help="rows per forward pass of one process; lower it when memory runs out (default: 8 on a CPU, 32 on "
-                        "a GPU)")
+                   help="rows per forward pass of one process; lower it when memory runs out (default: 8 on a CPU; on GPUs "
+                        "as many as their memory holds, at most 32, by an estimate that is printed)")
     p.add_argument("--total-batch-size", type=int, default=-1,
                    help="tokens per optimizer step, over all passes and processes (default: one pass of each on a CPU, "
                         "524288 on a GPU)")
-    p.add_argument("--matrix-lr", type=float, default=0.02, help="Muon's learning rate (default: 0.02)")
+    p.add_argument("--optimizer", choices=OPTIMIZERS, default=None,
+                   help="muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all "
+                        "(default: muon; adamw on GPUs whose memory Muon's buffers do not fit)")
+    p.add_argument("--matrix-lr", type=float, default=None,
+                   help="learning rate of the blocks' matrices: Muon's, or AdamW's at width 768 (default: "
+                        f"{MATRIX_LR['muon']:g}, with --optimizer adamw {MATRIX_LR['adamw']:g})")
     p.add_argument("--embedding-lr", type=float, default=0.2, help="AdamW's for embeddings, at width 768 (default: 0.2)")
     p.add_argument("--unembedding-lr", type=float, default=0.004,
                    help="AdamW's for the head, at width 768 (default: 0.004)")
@@ -61,56 +86,144 @@ def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -
                    help="steps between checkpoints; -1 = only at the end (default: 250)")
     p.add_argument("--keep-checkpoints", type=int, default=2,
                    help="how many to keep, of those that an interrupted run resumes from (default: 2)")
-    p.add_argument("--gradient-checkpointing", action="store_true",
+    p.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
                    help="compute each block again in the backward pass instead of keeping its activations: a third more "
-                        "compute, a fraction of the memory")
+                        "compute, a fraction of the memory (default: off on a CPU; on GPUs only where memory needs it)")
     p.add_argument("--max-skipped-steps", type=int, default=10,
                    help="a step whose loss or gradient is not finite is skipped; stop after so many in a row (default: 10)")
     p.add_argument("--log-every", type=int, default=10, help="steps between progress lines (default: 10)")
-    p.add_argument("--compile", action="store_true",
-                   help="compile each block: a slow start, then faster steps (needs a C++ compiler on a CPU)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                   help="compile each block: a slow start, then faster steps; needs a C++ compiler on a CPU "
+                        "(default: on for GPUs, off on a CPU)")
     p.add_argument("--fresh", action="store_true",
                    help="start over: delete the run's earlier checkpoints (default: resume from the newest)")
     p.add_argument("--run", default=None, help="log to wandb under this name (WANDB_MODE=offline works without network)")
-    p.add_argument("--device", default=None, choices=["cpu", "cuda"], help="default: cuda where there is one")
+    p.add_argument("--device-type", default=None, choices=["cpu", "cuda"], help="default: cuda where there is one")
 
 
-def derive_batch(args, sequence_len: int, folder: Path) -> tuple[torch.device, torch.dtype, int]:
+def derive_batch(args, sequence_len: int, folder: Path, fit) -> tuple[torch.device, torch.dtype, int]:
     """
-    Checks the numeric flags, joins the other processes if torchrun started several, fills in the device, device batch and
-    total batch that `args` leave open (as the run in `folder` has them, where one is to be resumed), prints each derivation,
-    and returns (device, compute dtype, gradient accumulation passes per step).
+    Checks the numeric flags, joins the other processes if torchrun started several, fills in what `args` leave open (the
+    batch, gradient checkpointing, compilation, the optimizer and its rate; the batch and the optimizer as the run in
+    `folder` has them, where one is to be resumed), prints each derivation, and returns (device, compute dtype, gradient
+    accumulation passes per step). fit(total batch, given, gpu) finds what GPUs can hold: see derive_for_gpus.
     """
     _check_numbers(args)
-    kind = args.device or autodetect_device_type()
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for, but torch sees no CUDA device: drop the flag to run on the CPU")
+    kind = find_device_type(args.device_type)
     asked = args.total_batch_size > 0
     resumed = not args.fresh and step_checkpoint.settle(args, folder)
     device, dtype, world = init_processes(kind), get_compute_dtype(kind), get_rank()[1]
-    if args.device_batch_size < 0:
-        args.device_batch_size = 32 if kind == "cuda" else 8
+    if kind == "cuda":
+        derive_for_gpus(args, smallest_gpu(), fit)
+    else:
+        args.device_batch_size = 8 if args.device_batch_size < 0 else args.device_batch_size
+        args.gradient_checkpointing, args.compile = bool(args.gradient_checkpointing), bool(args.compile)
+        args.optimizer = args.optimizer or "muon"
+    if args.matrix_lr is None:
+        args.matrix_lr = MATRIX_LR[args.optimizer]
     one_pass = args.device_batch_size * sequence_len * world
     if args.total_batch_size < 0:
-        args.total_batch_size = max(1, 524288 // one_pass) * one_pass if kind == "cuda" else one_pass
+        args.total_batch_size = max(1, GPU_TOKENS // one_pass) * one_pass if kind == "cuda" else one_pass
     if args.eval_tokens < 0:
         args.eval_tokens = 20 * one_pass
     if args.total_batch_size % one_pass:
-        of_pass = (f"the {one_pass} tokens of one pass ({args.device_batch_size} rows x {sequence_len}"
-                   + (f" x {world} processes" if world > 1 else "") + ")")
-        if asked or not resumed:
-            raise ValueError(f"--total-batch-size {args.total_batch_size} is no multiple of {of_pass}: choose one that is")
-        rows = args.total_batch_size // sequence_len
-        raise ValueError(f"{folder} holds a run with {args.total_batch_size} tokens, {rows} rows, in a step, which is no "
-                         f"multiple of {of_pass}: " + (f"choose a --device-batch-size that divides {rows // world}"
-                         if rows % world == 0 else f"resume it with a number of processes that divides {rows}")
-                         + ", or start over with --fresh")
+        raise _indivisible(args, sequence_len, world, None if asked or not resumed else folder)
     passes = args.total_batch_size // one_pass
     print0(f"device {kind}, {torch.get_num_threads()} threads, compute dtype {str(dtype).removeprefix('torch.')}"
            + (f", {world} processes" if world > 1 else ""))
     print0(f"tokens per step {args.total_batch_size:,} = {args.device_batch_size} rows x {sequence_len} tokens x "
            + (f"{world} processes x " if world > 1 else "") + f"{passes} pass{'es' if passes > 1 else ''}")
     return device, dtype, passes
+
+
+def _indivisible(args, sequence_len: int, world: int, folder: Path | None) -> ValueError:
+    """The error for a total batch that is no whole number of passes. folder: of the run whose total batch it is."""
+    total, rows = args.total_batch_size, args.total_batch_size // sequence_len
+    of_pass = (f"the {args.device_batch_size * sequence_len * world} tokens of one pass ({args.device_batch_size} rows x "
+               f"{sequence_len}" + (f" x {world} processes" if world > 1 else "") + ")")
+    if folder is None:
+        return ValueError(f"--total-batch-size {total} is no multiple of {of_pass}: choose one that is")
+    return ValueError(f"{folder} holds a run with {total} tokens, {rows} rows, in a step, which is no "
+                      f"multiple of {of_pass}: " + (f"choose a --device-batch-size that divides {rows // world}"
+                      if rows % world == 0 else f"resume it with a number of processes that divides {rows}")
+                      + ", or start over with --fresh")
+
+
+def derive_for_gpus(args, gpu: Gpu, fit) -> None:
+    """
+    Fills in the rows per pass, gradient checkpointing and optimizer that `args` leave open, by fit(tokens per optimizer step
+    or -1, what flags fix of step_estimate.Choice, gpu), which the first rank calls and which returns the choice and a line
+    about it; and whether blocks are compiled. fit's ValueError (nothing fits into such a GPU) is raised on all ranks.
+    """
+    args.compile = True if args.compile is None else args.compile
+    fixed = {"rows": None if args.device_batch_size < 0 else args.device_batch_size,
+             "checkpointing": args.gradient_checkpointing, "optimizer": args.optimizer}
+    answer = None
+    if get_rank()[0] == 0:
+        try:
+            answer = fit(args.total_batch_size, {k: v for k, v in fixed.items() if v is not None}, gpu)
+        except ValueError as e:
+            answer = e
+    answer = everyone(answer)[0]
+    if isinstance(answer, ValueError):
+        raise answer
+    (args.device_batch_size, args.gradient_checkpointing, args.optimizer), said = answer
+    print0(said)
+
+
+def derive_length(args, trained: int, ratio: float, flops: dict[str, float] | None, measure, device) -> int:
+    """
+    Fills in args.num_iterations where it is open (from --target-hours, else `ratio` tokens per `trained` parameter), prints
+    it with the hours and dollars that it takes, and returns it. flops: of a step per token, by part, None where unknown;
+    measure() times a step and returns tokens per second, for --target-hours on a CPU. ValueError where hours cannot be
+    turned into steps.
+    """
+    speed, basis, world = None, "", get_rank()[1]
+    if device.type == "cuda":
+        gpu = smallest_gpu()
+        if flops is not None and (peak := peak_flops(gpu.name)) is not None:
+            speed = world * peak * MFU / sum(flops.values())
+            basis = f"{world} x {gpu.name} at {MFU:.0%} of the bf16 peak"
+        elif args.target_hours is not None and args.num_iterations < 0:
+            raise ValueError("--target-hours needs a speed to count with, and that of this phase on a "
+                             f"{gpu.name} is not known: give --num-iterations")
+    elif args.target_hours is not None and args.num_iterations < 0:
+        speed, basis = measure(), "a timed step of this machine"
+    said = f"{ratio:g} tokens per trained parameter"
+    if args.num_iterations < 0 and args.target_hours is not None:
+        said = f"--target-hours {args.target_hours:g}"
+        args.num_iterations = max(1, int(args.target_hours * 3600 * speed / args.total_batch_size))
+    elif args.num_iterations < 0:
+        args.num_iterations = max(1, round(ratio * trained / args.total_batch_size))
+    else:
+        said = "given" if args.target_hours is None else "as the run to be resumed has it"
+    tokens = args.num_iterations * args.total_batch_size
+    print0(f"steps {args.num_iterations:,} ({said}): {tokens / 1e9:,.4g} B tokens, {tokens / trained:.1f} per trained "
+           "parameter")
+    if speed is not None:
+        hours = tokens / speed / 3600
+        cost = f" and ${hours * world * args.price:,.0f} at ${args.price:g} per GPU hour (--price)" * (device.type == "cuda")
+        other = "" if args.target_hours else "; --target-hours H fits the run into H hours"
+        print0(f"time: about {hours:,.1f} hours{cost} on {basis}{other}; the progress lines show the real speed")
+    return args.num_iterations
+
+
+@contextlib.contextmanager
+def memory_advice(args, least_rows: int = 1):
+    """Turns a GPU's lack of memory inside into a ValueError that names the flags to change, in the order to try them."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        rows, advice = args.device_batch_size, []
+        if rows > least_rows:
+            advice.append(f"--device-batch-size {max(least_rows, rows // 2)} (it is {rows})")
+        if not args.gradient_checkpointing:
+            advice.append("--gradient-checkpointing")
+        if args.optimizer == "muon":
+            advice.append("--optimizer adamw, without Muon's buffers (for a run that has begun only with --fresh)")
+        advice.append("more GPUs, over which the model is spread")
+        raise ValueError(f"the GPU of rank {get_rank()[0]} ran out of memory ({str(e).partition('.')[0]}): the same command "
+                         f"goes on from the last checkpoint with {', then '.join(advice)}") from e
 
 
 def _check_numbers(args) -> None:
@@ -125,7 +238,14 @@ def _check_numbers(args) -> None:
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{flag(name)} is {getattr(args, name)}; it is a share of the steps, from 0 to 1")
     for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
-        check_rate(args, name)
+        if getattr(args, name) is not None:
+            check_rate(args, name)
+    check_rate(args, "price")
+    if args.target_hours is not None:
+        if args.num_iterations > 0:
+            raise ValueError("--target-hours and --num-iterations both say how long the run is: drop one of them")
+        if not 0 < args.target_hours < math.inf:
+            raise ValueError(f"--target-hours is {args.target_hours}; it must be a number above 0")
 
 
 def check_rate(args, name: str) -> None:

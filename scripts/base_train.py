@@ -7,6 +7,7 @@ The result is base_checkpoints/d4/{model_NNNNNN.pt,optim_NNNNNN.pt,meta_NNNNNN.j
 NANOCHAT_BASE_DIR, which scripts.surgery takes from there. Run again, it resumes where it stopped.
 """
 import argparse
+import functools
 import itertools
 import math
 
@@ -14,15 +15,16 @@ import torch
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat import distributed
-from nanochat.common import cli, get_base_dir, get_rank, print0
+from nanochat.common import cli, find_device_type, get_base_dir, get_rank, print0
 from nanochat.dataloader import DataLoader
 from nanochat.elastic_step import ElasticStep
 from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.mixture import prepare_mixture
 from nanochat.optim import setup_optimizers
+from nanochat.step_estimate import Workload, fit, measured_speed
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import Run, add_training_args, derive_batch
+from nanochat.training import Run, add_training_args, derive_batch, derive_length, memory_advice
 
 
 @cli
@@ -43,22 +45,24 @@ def main(argv=None):
 
     tokenizer_dir = args.tokenizer or get_base_dir() / "tokenizer"
     tokenizer = Tokenizer.from_directory(tokenizer_dir)
+    args.device_type = find_device_type(args.device_type)
     if args.max_seq_len is None:
-        args.max_seq_len = 2048 if torch.cuda.is_available() and args.device != "cpu" else 512
+        args.max_seq_len = 2048 if args.device_type == "cuda" else 512
     config = GPTConfig.from_depth(args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim)
     print0(f"depth {args.depth} -> width {config.n_embd} = {config.n_head} heads x {config.head_dim}, "
            f"vocabulary {config.vocab_size}, context {config.sequence_len}")
     args.tag = args.tag or f"d{args.depth}"
     folder = get_base_dir() / "base_checkpoints" / args.tag
-    device, dtype, passes = derive_batch(args, config.sequence_len, folder)
+    workload = Workload(config)
+    device, dtype, passes = derive_batch(args, config.sequence_len, folder, functools.partial(fit, workload))
     rank, world = get_rank()
     model = ckpt.build_model(config, device)
     params = model.num_params()
     print0("parameters " + ", ".join(f"{k} {v:,}" for k, v in params.items()))
-    if args.num_iterations < 0:
-        args.num_iterations = max(1, round(args.target_param_data_ratio * params["total"] / args.total_batch_size))
-    print0(f"steps {args.num_iterations:,} = {args.num_iterations * args.total_batch_size / params['total']:.1f} "
-           "tokens per parameter")
+    step = ElasticStep(model, args.seed, 1, None)
+    step.steps = derive_length(args, params["total"], args.target_param_data_ratio, step.flops_per_token(),
+                               lambda: measured_speed(workload, distributed.make_mesh("cpu"), args.device_batch_size, passes,
+                                                      dtype), device)
     data = distributed.first_alone(lambda: prepare_mixture(args.data))
 
     run = Run(folder, args, {"tokenizer": tokenizer.get_vocab_size(), "dtype": str(dtype)})
@@ -66,7 +70,7 @@ def main(argv=None):
     model.init_weights()
     distributed.shard_model(model, distributed.make_mesh(device.type), dtype, args.gradient_checkpointing, args.compile)
     optimizers = setup_optimizers(model, args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr,
-                                  weight_decay=args.weight_decay)
+                                  weight_decay=args.weight_decay, optimizer=args.optimizer)
     if run.meta is not None:
         run.restore(model, optimizers)
     token_bytes = tokenizer.token_bytes()
@@ -77,7 +81,6 @@ def main(argv=None):
         return {"bpb": evaluate_bpb(model, itertools.islice(val, rank, None, world), eval_steps, token_bytes,
                                     distributed.all_sum)}
 
-    step = ElasticStep(model, args.seed, args.num_iterations, None)
     print0(f"FLOPs per trained token {step.flops(None, 1):,.0f}")
     if run.finished:
         figures = run.meta["figures"]
@@ -85,11 +88,13 @@ def main(argv=None):
     else:
         if rank == 0:
             tokenizer.save(folder / "tokenizer")
-        figures = run.train(model, optimizers, tokenizer, data, step, evaluate, passes, config.sequence_len)
+        with memory_advice(args):
+            figures = run.train(model, optimizers, tokenizer, data, step, evaluate, passes, config.sequence_len)
     if not (folder / f"meta_{args.num_iterations:06d}.json").is_file():
         ckpt.save_step(folder, args.num_iterations, model, optimizers, {
             "settings": run.settings, "loader": run.loader, "figures": figures,
             "val_bpb": figures["bpb"]})
+        distributed.barrier()
     print0(f"trained {folder}: {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte, "
            f"{figures.get('tok_per_s', 0):,.0f} tok/s")
     distributed.leave()

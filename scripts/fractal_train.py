@@ -20,6 +20,7 @@ tokenizer/ in fractal_checkpoints/<tag>_<width>[_unfrozen][_auto]/ under NANOCHA
 the same command resumes from, on any number of processes.
 """
 import argparse
+import functools
 import itertools
 
 from nanochat import checkpoint_manager as ckpt
@@ -32,7 +33,8 @@ from nanochat.loss_eval import EXIT_WEIGHT, evaluate_bpb
 from nanochat.mamba_block import announce_form
 from nanochat.mixture import default_data, prepare_mixture
 from nanochat.optim import setup_optimizers, state_bytes
-from nanochat.training import Run, add_training_args, check_rate, derive_batch, flag
+from nanochat.step_estimate import Workload, fit, measured_speed
+from nanochat.training import Run, add_training_args, check_rate, derive_batch, derive_length, flag, memory_advice
 
 RATES = {"matrix_lr": {"matrix"}, "embedding_lr": {"embedding"}, "unembedding_lr": {"unembedding"}, "scalar_lr": {"scalar"},
          "weight_decay": {"matrix", "embedding", "unembedding"}}
@@ -199,20 +201,26 @@ def main(argv=None):
     folder = get_base_dir() / "fractal_checkpoints" / f"{args.tag}_{config.n_embd}{suffix}"
     if folder.resolve() == file.parent.resolve():
         raise ValueError(f"{folder} is both the source and the destination: name another family with --tag")
-    device, dtype, passes = derive_batch(args, T, folder)
+    recipe = f"controls {args.predictor}" if args.controls else args.recipe if args.matryoshka else None
+    workload = Workload(config, phase, stages.grown_from(info.get("provenance")) if boxes else None,
+                        args.matryoshka and args.recipe in TAUGHT, recipe, args.sample_dim or not args.matryoshka,
+                        args.draft_exit, args.exit_weight)
+    device, dtype, passes = derive_batch(args, T, folder, functools.partial(fit, workload))
     rank, world = get_rank()
 
     model = ckpt.build_model(config, "meta")
     announce_form(model, device.type, training=not args.export, allow_slow=args.allow_slow_mamba)
-    stages.set_trained(model, phase, gate=args.matryoshka and args.recipe in TAUGHT, boxes=boxes)
+    stages.set_trained(model, phase, workload.gate, boxes)
     trained = stages.trained_entries(model, boxes)
     print0("parameters " + ", ".join(f"{k} {v:,}" for k, v in model.num_params().items()) + f"; trained {trained:,}")
-    needed, whole = state_bytes(model)
+    needed, whole = state_bytes(model, args.optimizer)
     print0(f"{phase}: the optimizer's state is {needed / 1e9:.2f} GB over all processes, {1 - needed / whole:.0%} less than "
            "if everything were trained" + (f"; the old entries of {len(boxes)} tensors stay as they are" if boxes else ""))
-    if args.num_iterations < 0:
-        args.num_iterations = max(1, round(20 * trained / args.total_batch_size))
-    print0(f"steps {args.num_iterations:,}; levels {', '.join(map(str, levels or config.levels))}"
+    step = ElasticStep(model, args.seed, 1, recipe, args.sample_dim, levels, args.student_every, args.energy_lambda,
+                       args.draft_exit, args.exit_weight)
+    step.steps = derive_length(args, trained, 20, step.flops_per_token(), lambda: measured_speed(
+        workload, distributed.make_mesh("cpu"), args.device_batch_size, passes, dtype), device)
+    print0(f"levels {', '.join(map(str, levels or config.levels))}"
            + (f"; recipe {args.recipe}: {RECIPES[args.recipe]}" if args.sample_dim else ""))
     args.data = args.data or default_data(device.type)
     # an export of what is trained reads no text, but for the controls' prices
@@ -224,7 +232,7 @@ def main(argv=None):
     state = ckpt.check_state(model.state_dict(), ckpt.load_torch(file), file)
     model.to_empty(device=device)
     rates = [lr * args.lr_scale for lr in (args.matrix_lr, args.embedding_lr, args.unembedding_lr, args.scalar_lr)]
-    optimizers = setup_optimizers(model, *rates, weight_decay=args.weight_decay, frozen=boxes)
+    optimizers = setup_optimizers(model, *rates, weight_decay=args.weight_decay, frozen=boxes, optimizer=args.optimizer)
     say_without_effect(given, args, phase, {g["name"] for o in optimizers for g in o.param_groups})
     if run.meta is not None:
         run.restore(model, optimizers)
@@ -262,19 +270,20 @@ def main(argv=None):
         print0(f"{folder} is trained " + ("already" if run.finished else "so far") + f" ({run.start} steps)"
                + ("; --fresh starts over" if run.finished else ""))
     else:
-        recipe = f"controls {args.predictor}" if args.controls else args.recipe if args.matryoshka else None
-        step = ElasticStep(model, args.seed, args.num_iterations, recipe, args.sample_dim, levels, args.student_every,
-                           args.energy_lambda, args.draft_exit, args.exit_weight)
-        figures = run.train(model, optimizers, tokenizer, data, step, evaluate, passes, T, data_from=info.get("loader"))
+        with memory_advice(args, workload.least_rows):
+            figures = run.train(model, optimizers, tokenizer, data, step, evaluate, passes, T,
+                                data_from=info.get("loader"))
     if run.finished and distributed.everyone(is_export_of(folder, run.start, source))[0]:
         distributed.leave()  # what was added to it since, such as a calibration, stays
         return figures
     ckpt.save_optimizers(folder / "optim.pt", optimizers)
+    distributed.barrier()
     ckpt.save_export(folder, model, tokenizer, {
         "tag": args.tag, "provenance": {"trained": suffix[1:] or phase, "steps": figures.get("steps", run.start),
                                         "source_sha256": source, "from": info.get("provenance")},
         "figures": figures, "loader": run.loader,
         **({"calibration": uncalibrated(model, tokenizer, data)} if args.controls else {})})
+    distributed.barrier()
     said = f": {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte at full width" if "bpb" in figures else ""
     print0(f"wrote {folder}{said}")
     distributed.leave()

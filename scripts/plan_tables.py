@@ -9,26 +9,33 @@ import torch
 
 from nanochat.elastic_step import DEFAULT_RECIPE, ElasticStep
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
-from nanochat.loss_eval import PROBED
-from nanochat.matryoshka import sample_levels
 from nanochat.monitor import PEAK_FLOPS
 from nanochat.optim import state_bytes
 from nanochat.stages import frozen_boxes, set_trained, trained_entries
+from nanochat.step_estimate import Workload
 
 WIDTHS = {1: 2048, 2: 2560, 3: 4096}
 FIRST_PLAN = {1: (40, 1000), 2: (50, 1200), 3: (100, 2400)}  # hours on 8 H100s, dollars: the project's first estimate
-DRAWS = 100  # of narrow passes, for their mean cost
 
 
 class Stage(NamedTuple):
-    """A stage's model on the meta device, as it is trained; boxes: see stages.frozen_boxes."""
+    """
+    A stage's model on the meta device, as it is trained; boxes: see stages.frozen_boxes; old: the config that it was
+    grown from, None for stage 1.
+    """
     number: int
     model: HybridGPT
     boxes: dict | None
+    old: HybridConfig | None = None
 
     @property
     def phase(self) -> str:
         return f"stage {self.number}"
+
+    @property
+    def workload(self) -> Workload:
+        """A training step with fractal_train's default recipe."""
+        return Workload(self.model.config, self.phase, self.old, recipe=DEFAULT_RECIPE)
 
 
 def make_stage(number: int, config: HybridConfig, old: HybridConfig | None = None) -> Stage:
@@ -37,7 +44,7 @@ def make_stage(number: int, config: HybridConfig, old: HybridConfig | None = Non
         model = HybridGPT(config)
     boxes = None if old is None else frozen_boxes(config, {"surgery": "grow", "old_config": asdict(old)})
     set_trained(model, f"stage {number}", boxes=boxes)
-    return Stage(number, model, boxes)
+    return Stage(number, model, boxes, old)
 
 
 def d32_stages() -> list[Stage]:
@@ -84,18 +91,8 @@ def disk(stages: list[Stage]) -> float:
 
 
 def step_flops(model: HybridGPT) -> dict[str, float]:
-    """
-    FLOPs of a training step (recipe lean, fractal_train's default) per token of the batch: the 'full' pass of half of the
-    rows and the 'narrow' one of the others, forward and backward, without gradients of what is frozen (training.pass_flops),
-    and their 'teacher', forward only; 'exits': what some tokens of the full pass answer on the way. Narrow: the mean over
-    draws of its levels; exits save nothing in training. Recomputed activations are not counted, as in MFU.
-    """
-    c, generator = model.config, torch.Generator().manual_seed(0)
-    assert DEFAULT_RECIPE == "lean"  # whose passes these are
-    step = ElasticStep(model, seed=0, steps=1, recipe=DEFAULT_RECIPE)
-    draws = [step.flops(sample_levels(c.levels, c.n_block, generator), 1) for _ in range(DRAWS)]
-    return {"full": step.flops(None, 1) / 2, "exits": step.exit_flops(PROBED) / c.sequence_len / 2,
-            "teacher": step.looking_flops() / 2, "narrow": sum(draws) / DRAWS / 2}
+    """FLOPs per token of a training step with fractal_train's default recipe, by part; see ElasticStep.flops_per_token."""
+    return ElasticStep(model, seed=0, steps=1, recipe=DEFAULT_RECIPE).flops_per_token()
 
 
 def training(stage: Stage, args) -> dict[str, float]:

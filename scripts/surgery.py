@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat.common import Progress, autodetect_device_type, cli, get_base_dir, print0
+from nanochat import step_checkpoint
+from nanochat.common import Progress, cli, find_device_type, get_base_dir, print0
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
 from nanochat.growing import INITS, Init, grow_optimizers, grow_state
@@ -55,7 +56,8 @@ def main(argv=None):
     p.add_argument("--dtype", default="source", choices=["source", "auto", "float32", "bfloat16"],
                    help=f"of the matrices written; auto: bfloat16 beyond {AUTO_BYTES / 1e9:.0f} GB (default: source)")
     p.add_argument("--seed", type=int, default=0, help="draws the new weights (default: 0)")
-    p.add_argument("--device", default=None, choices=["cpu", "cuda"], help="where the proof runs (default: cuda if there)")
+    p.add_argument("--device-type", default=None, choices=["cpu", "cuda"],
+                   help="where the proof runs (default: cuda where there is one)")
     p.add_argument("--order", default=None, choices=ORDERS,
                    help="turn a base so that its leading dims, heads and units carry most: by its weights alone, or by its "
                         f"activations on text (default: {ORDER})")
@@ -70,9 +72,7 @@ def main(argv=None):
     # Huge pages for torch's large tensors, before it makes the first: every tensor here is a fresh one, and half the time
     # went into page faults of 4 KB (casts 3.3x, uniform draws 1.9x as fast).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    device = args.device or autodetect_device_type()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for, but torch sees no CUDA device: drop the flag to run on the CPU")
+    device = find_device_type(args.device_type)
 
     growing = args.expand_from is not None
     config, info, file, state, note = (open_hybrid if growing else open_base)(args)
@@ -209,6 +209,8 @@ def open_hybrid(args):
                    (home / "hybrid_checkpoints" / f"{tag}_{width}", "surgery's; there is no trained export")]
         folder, note = next(((f, n) for f, n in choices if (f / "config.json").is_file() and (f / "model.pt").is_file()),
                             (None, None))
+        if folder == choices[-1][0]:
+            refuse_unexported(trained)
         if folder is None:
             raise FileNotFoundError(f"there is no hybrid {tag}_{width} in {home}/fractal_checkpoints or hybrid_checkpoints: "
                                     f"make one with `python -m scripts.surgery --new-dim={width}`, or name it with --src")
@@ -218,6 +220,15 @@ def open_hybrid(args):
     if config.n_embd != width:
         raise ValueError(f"{folder} has width {config.n_embd}, not {width}: use --expand-from={config.n_embd}")
     return config, info, file, open_state(file, config), note
+
+
+def refuse_unexported(folders: list[Path]) -> None:
+    """ValueError where a folder holds an interrupted training run: growing what that started from would lose it."""
+    for folder in folders:
+        if done := step_checkpoint.steps(folder):
+            raise ValueError(f"{folder} holds a run that was interrupted after step {done[-1]} and has no export: finish "
+                             "it, or export it by the same training command with --export; or name another hybrid with "
+                             "--src")
 
 
 def optimizer_file(file: Path, info: dict) -> Path:

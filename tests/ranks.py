@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -161,6 +162,23 @@ def inject(kind: str, rank: int, at: int) -> None:
     ElasticStep.__call__ = step
     if kind == "kill in save":
         step_checkpoint._sum = killed_in_save
+
+
+def waits(path) -> None:
+    """
+    Writes to `path` how long, in seconds, the groups of a run wait for a rank, and when, by rank 1's clock, a barrier let it
+    go on whose last rank came after two seconds.
+    """
+    distributed.init_processes("cpu")
+    saver, cpu, since = step_checkpoint.Saver(path.parent, keep=1), torch.device("cpu"), time.perf_counter()
+    groups = torch.distributed.group.WORLD, saver.group
+    if distributed.get_rank()[0] == 0:
+        time.sleep(2)
+    distributed.barrier()
+    if distributed.get_rank()[0] == 1:
+        timeouts = [g._get_backend(cpu).options._timeout.total_seconds() for g in groups]
+        torch.save([timeouts, time.perf_counter() - since], path)
+    distributed.leave()
 
 
 def orthogonalized(world: int, nodes: int, path) -> None:

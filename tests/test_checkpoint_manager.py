@@ -145,6 +145,19 @@ def test_leftovers_of_a_killed_run_are_removed(base, tmp_path):
 
 # --- what a run resumes from
 
+def test_the_saver_leaves_the_gpus_alone(base, tmp_path, monkeypatch):
+    """On a GPU node a stream, opened in the saver's thread, would open a context on GPU 0 for every rank."""
+    def opened(*_, **__):
+        raise AssertionError("the saver's thread uses CUDA")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("current_stream", "Stream", "stream", "current_device", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, opened)
+    saver = step_checkpoint.Saver(tmp_path, keep=1)
+    saver.save(1, base, [], {}, {})
+    saver.wait()
+    assert step_checkpoint.steps(tmp_path) == [1]
+
+
 @pytest.fixture
 def saved(base, tmp_path):
     """Checkpoints of steps 1 and 2."""

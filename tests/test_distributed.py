@@ -18,7 +18,7 @@ from conftest import randomize
 from test_scripts import fails
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat import elastic_step, loss_eval, optim, stages, step_checkpoint
+from nanochat import distributed, elastic_step, loss_eval, optim, stages, step_checkpoint
 from nanochat.confidence_probe import budget_grid
 from nanochat.elastic_step import TAUGHT, ElasticStep
 from nanochat.growing import Init, grow
@@ -494,6 +494,22 @@ def test_a_full_disk_stops_with_a_line_and_keeps_what_was_there(home, cwd, tmp_p
     folder = cwd / "fractal_checkpoints" / "t_32"
     assert step_checkpoint.steps(folder) == [2] and not list(folder.glob(".step*"))
     assert step_checkpoint.find_whole(folder)[0] == 2
+
+
+def test_nobody_gives_up_on_a_long_write(home, cwd, tmp_path, monkeypatch):
+    """Hours, and a barrier after each long write of rank 0, so that the others wait in no collective of the GPUs."""
+    ranks.together(2, ranks.waits, tmp_path / "w.pt", out=tmp_path / "log")
+    timeouts, waited = torch.load(tmp_path / "w.pt")
+    assert min(timeouts) >= 3600 and waited > 1.5
+    calls = []
+
+    def noting(name, function):
+        return lambda *args: (calls.append(name), function(*args))[1]
+    for owner, name in ((ckpt, "save_optimizers"), (ckpt, "save_export"), (distributed, "barrier")):
+        monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
+    fractal_train.main(["--checkpoint", str(cwd / "hybrid_checkpoints/t_32"), "--num-iterations", "1", "--data",
+                        str(home / "docs"), "--device-batch-size", "2", "--eval-tokens", "64", "--eval-every", "-1"])
+    assert calls == ["save_optimizers", "barrier", "save_export", "barrier"]
 
 
 def test_stages_are_known_by_where_a_checkpoint_comes_from(home, cwd, capsys):

@@ -130,8 +130,11 @@ def test_hub_errors(tmp_path, hub, monkeypatch):
         prepare("own/none", base_dir=tmp_path / "base")
 
 
-class _HubHandler(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as its client needs; each file's first transfer breaks off half-way."""
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """
+    As much of the hub's protocol as its client needs. Each file's first transfer breaks off half-way, unless the server's
+    `broken`, where it notes these, is None.
+    """
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
@@ -142,6 +145,10 @@ class _HubHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         root, broken, ranges = self.server.root, self.server.broken, self.server.ranges
+        if "/tree/" in self.path:
+            body = json.dumps([{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": f"{p.stat().st_size:040d}"}
+                               for p in sorted(root.iterdir())]).encode()
+            return self._send(200, body, {"Content-Type": "application/json"})
         if self.path.startswith("/api/"):
             body = json.dumps({"id": "own/set", "sha": "c" * 40, "siblings": [
                 {"rfilename": p.name, "size": p.stat().st_size} for p in sorted(root.iterdir())]}).encode()
@@ -154,7 +161,7 @@ class _HubHandler(http.server.BaseHTTPRequestHandler):
             ranges.append(start)
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             return self._send(206, data[start:], headers)
-        cut = None if self.command == "HEAD" or self.path in broken else len(data) // 2
+        cut = None if self.command == "HEAD" or broken is None or self.path in broken else len(data) // 2
         if cut:
             broken.add(self.path)
         return self._send(200, data, headers, cut)
@@ -173,7 +180,7 @@ def test_hub_through_its_real_client(tmp_path):
     """huggingface_hub itself against a local server that breaks every transfer once: the rest is fetched, not the whole."""
     for i in range(3):
         write_shard(tmp_path / "remote" / f"{i}.parquet", [os.urandom(400).hex() for _ in range(2000)], rows=500)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _HubHandler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     server.root, server.broken, server.ranges = tmp_path / "remote", set(), []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1",

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanochat import memory_trace, mixture
 from nanochat.checkpoint_manager import load_json
+from nanochat.common import get_compute_dtype
 from nanochat.elastic_step import ElasticStep
 from nanochat.hybrid_gpt import CONTROLS, HybridConfig, stays_fp32
 from nanochat.loss_eval import Student
-from scripts import plan, plan_memory, plan_tables
+from nanochat.optim import group_of
+from nanochat.step_estimate import Choice, Ranks, trace_step
+from scripts import plan, plan_memory, plan_nodes, plan_tables
 
 ROOT = Path(__file__).parent.parent
 TINY = HybridConfig(sequence_len=64, vocab_size=320, n_layer=2, n_head=4, n_kv_head=4, n_embd=64, d_ref=64, top_width=64,
@@ -128,7 +132,7 @@ def test_traced_peak_is_the_measured_one(world, dtype):
 @pytest.mark.parametrize("stage", [plan_tables.make_stage(1, TINY), plan_tables.make_stage(2, GROWN, TINY)],
                          ids=["stage 1", "stage 2"])
 def test_trace_of_a_sharded_step(stage):
-    trace = plan_memory.trace_step(stage, rows=2, world=8)
+    trace = trace_step(stage.workload.build(), Choice(2, True), Ranks(8))
     assert trace.peak == sum(trace.at_peak.values()) and not torch.distributed.is_initialized()
     # a rank holds an eighth of every sharded parameter, rounded up to whole rows, and what stays fp32 whole
     small = sum(4 * p.numel() for n, p in stage.model.named_parameters() if stays_fp32(n))
@@ -136,28 +140,119 @@ def test_trace_of_a_sharded_step(stage):
     assert (total - small) / 8 + small <= trace.at_peak["parameters"] < 1.3 * ((total - small) / 8 + small)
     assert trace.at_peak["optimizer"] > 0 and trace.at_peak["activations"] > 0
     # twice the rows: more activations, and not one byte more of state
-    again = plan_tables.make_stage(stage.number, stage.model.config, TINY if stage.boxes else None)
-    again = plan_memory.trace_step(again, rows=4, world=8)
+    again = trace_step(stage.workload.build(), Choice(4, True), Ranks(8))
     assert again.at_peak["parameters"] == trace.at_peak["parameters"]
     assert again.at_peak["optimizer"] == trace.at_peak["optimizer"] and again.peak > trace.peak
 
 
-def test_the_memory_command_takes_its_flags(monkeypatch, capsys, tmp_path):
+def test_a_trace_refuses_large_tensors_with_data():
+    """Weights must be fake. Random numbers for the rows of 1,024 ranks have data, and are as large."""
+    weights = torch.ones(2_000_000)
+    with memory_trace.traced():
+        scores = torch.rand(1024, 2048, generator=torch.Generator().manual_seed(0))[::512]
+        assert scores.sort().values.shape == (2, 2048)
+        with pytest.raises(AssertionError, match="a large tensor is not fake"):
+            weights * 2
+
+
+class Linear:
+    """An Estimate by a rule of thumb: so many GB of state, and a GB or two a row."""
+    def __init__(self, state: float):
+        self.state = state
+
+    def at_peak(self, how):
+        parts = dict.fromkeys(memory_trace.CATEGORIES, 0.0)
+        return parts | {"parameters": self.state * 1e9, "activations": how.rows * (1 if how.checkpointing else 2) * 1e9}
+
+    def peak(self, how):
+        return sum(self.at_peak(how).values())
+
+
+def test_the_memory_command_says_what_fits(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(plan, "d32_stages", lambda: [plan_tables.make_stage(1, TINY)])
     monkeypatch.setattr(plan_memory, "check", lambda *_: {"traced_mb": 1.0, "measured_mb": 1.0, "ratio": ratios.pop()})
-    monkeypatch.setattr(plan_memory, "trace_step", lambda stage, rows, world: types.SimpleNamespace(
-        peak=1e9 * rows + world, at_peak=dict.fromkeys(memory_trace.CATEGORIES, 0)))
+    monkeypatch.setattr(plan_memory, "estimate", lambda workload, ranks: Linear(40 / ranks.world))
     ratios = [1.09, 0.91]
-    result = plan.main(["--memory", "--gpus", "4", "--device-batch-size", "2", "--price", "9", "--context", "7"])
+    memory = ["--memory", "--json", str(tmp_path / "m.json")]
+    result = plan.main([*memory, "--gpus", "4", "--gpu-memory", "40", "--price", "9", "--context", "7"])
     out = capsys.readouterr().out
-    assert "per rank of 4" in out and "--context has no effect with --memory" in out and "--price has no" in out
-    assert result["stage 1"]["peak_gb"] * 1e9 == 2e9 + 4
+    assert "--context has no effect with --memory" in out and "--price has no" in out
+    # of 40 GB, 35 are usable: 10 of state, and 16 rows of 1 GB. Without checkpointing only a short pass would fit
+    assert "fits on 4 x 40 GB: --device-batch-size 16 --gradient-checkpointing --optimizer muon" in out
+    assert result["stage 1"]["flags"] == "--device-batch-size 16 --gradient-checkpointing --optimizer muon"
+    assert result["stage 1"]["peak_gb"] == 26 and load_json(tmp_path / "m.json") == json.loads(json.dumps(result))
+    ratios = [1.0, 1.0]
+    result = plan.main([*memory, "--gpus", "2", "--gpu-memory", "24"])
+    assert result["stage 1"]["choice"] is None
+    assert "does not fit on 2 x 24 GB: it takes at least 22.0 GB, and 19.8 GB are usable" in capsys.readouterr().out
+    (tmp_path / "m.json").unlink()
     for ratios in ([0.89], [1.11, 1.0]):
         with pytest.raises(SystemExit) as info:
-            plan.main(["--memory", "--json", str(tmp_path / "m.json")])
+            plan.main(memory)
         assert "off by more than 10%" in info.value.code and not ratios and not list(tmp_path.iterdir())
     plan.main(["--device-batch-size", "2", "--stages", "1"])
-    assert "--device-batch-size has no effect without --memory" in capsys.readouterr().out
+    assert "--device-batch-size has no effect without --memory or --nodes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("nodes, checkpointing", [(1, False), (2, True)])
+def test_what_a_step_exchanges(nodes, checkpointing):
+    """
+    By hand: a pass of a fully trained model gathers every sharded matrix for forward and, blocks only, for backward; every
+    gradient is reduce-scattered in fp32, and summed over the nodes that hold copies. Muon sends each matrix to the rank
+    that computes it and back.
+    """
+    workload, each = replace(stage_one().workload, phase="unfrozen", recipe=None), 4
+    ranks = Ranks(each * nodes, nodes)
+    how = Choice(4, checkpointing)
+    model = workload.build().model
+    sizes = {n: p.numel() for n, p in model.named_parameters() if not stays_fp32(n)}
+    blocks = sum(n for name, n in sizes.items() if name.startswith("transformer.h."))
+    sent = plan_nodes.exchanged(workload, how, ranks, update=False)
+    away = (each - 1) / each
+    near = {"rel": 0.03}  # rows are padded to whole ones
+    assert sent["all-gather", "node"][1] == pytest.approx(2 * away * (sum(sizes.values()) + blocks), **near)
+    assert sent["reduce-scatter", "node"][1] == pytest.approx(4 * away * sum(sizes.values()), **near)
+    if nodes == 2:  # fp32 shards over two nodes: 2 x 1/2 of a quarter
+        assert sent["all-reduce", "network"][1] == pytest.approx(4 * sum(sizes.values()) / each, rel=0.1)
+    else:
+        assert not any(where == "network" for _, where in sent)
+    update = plan_nodes.exchanged(workload, how, ranks, update=True)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if group_of(n) == "matrix")
+    width = get_compute_dtype("cpu").itemsize
+    most = 2 * width * matrices / nodes / each
+    assert 0.5 * most < update["all-to-all", "node"][1] < 1.6 * most
+    assert (("all-gather", "network") in update) == (nodes == 2)
+
+
+def stage_one():
+    return plan_tables.make_stage(1, TINY)
+
+
+@pytest.mark.slow
+def test_exchanges_are_linear_in_depth():
+    """16 layers extended from 4 and 8, against a trace of all."""
+    workload, how = stage_one().workload.with_layers(16), Choice(4, True)
+    steps = [plan_nodes.step_exchanges(workload, how, Ranks(16, 2), passes=2)]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(plan_nodes, "LAYERS", (16,))
+        steps.append(plan_nodes.step_exchanges(workload, how, Ranks(16, 2), passes=2))
+    assert steps[0].keys() == steps[1].keys()
+    for k in steps[0]:
+        assert steps[0][k] == pytest.approx(steps[1][k], rel=0.01)
+
+
+def test_the_nodes_command(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "d32_stages", lambda: [stage_one()])
+    monkeypatch.setattr(plan_nodes, "step_exchanges", lambda workload, how, ranks, passes: {
+        ("all-gather", "node"): [10, 7e9], ("all-reduce", "network"): [1, 4e9 * (ranks.nodes > 1)]})
+    result = plan.main(["--nodes", "1", "8", "--gpus", "8", "--nvlink", "70", "--network", "20", "--price", "4"])
+    out = capsys.readouterr().out
+    assert "--price has no effect with --nodes" in out and "--gpu-memory" not in out
+    assert [round(r["exchange_s"], 6) for r in result.values()] == [0.1, 0.3]
+    assert result["stage 1, 64 GPUs"]["rows"] == 4 and "stage 1 on 8 x 8 GPUs" in out
+    with pytest.raises(SystemExit):
+        plan.main(["--nodes", "2", "--memory"])
+    assert "one at a time" in capsys.readouterr().err
 
 
 # --- bash speedrun.sh d32

@@ -282,7 +282,8 @@ def test_the_default_length_counts_new_entries_alone(home, cwd, capsys):
     kept = sum(p.numel() for n, p in language_parameters(old).items() if ".mamba." not in n)
     trained = sum(p.numel() for p in language_parameters(new).values()) - kept
     out = capsys.readouterr().out
-    assert f"; trained {trained:,}\n" in out and f"\nsteps {round(20 * trained / 256):,};" in out
+    assert f"; trained {trained:,}\n" in out
+    assert f"\nsteps {round(20 * trained / 256):,} (20 tokens per trained parameter)" in out
 
 
 def test_a_fresh_model_of_a_sub_models_size(home, cwd):

@@ -495,7 +495,7 @@ def test_user_errors_are_one_line_and_write_nothing(home, base, config, tokenize
         m.setattr("shutil.disk_usage", lambda _: type("U", (), {"free": 1000})())
         fails(capsys, grown, "of disk are free", "--dst", "--dtype bfloat16")
     if not torch.cuda.is_available():
-        fails(capsys, [*grown, "--device=cuda"], "sees no CUDA device")
+        fails(capsys, [*grown, "--device-type=cuda"], "sees no CUDA device")
     assert listing(home) == before
     file = home / "chatsft_checkpoints/d32/model_000650.pt"
     state = dict(torch.load(file, weights_only=True))

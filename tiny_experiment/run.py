@@ -149,7 +149,9 @@ def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict
     model.compute_dtype = torch.float32
     _, y, _ = encoder.batch(draw_many(seed, 1000, "controls"))
     model.gate.resemble(model.lm_head.weight[by_frequency(y[y >= 0])])
-    optimizers = setup_optimizers(model, control_lr=0.01)
+    optimizers = setup_optimizers(model)
+    for group in optimizers[0].param_groups:
+        group["initial_lr"] = 0.01  # five times the controls' usual rate, which set_rates takes from here
     progress, history = Progress("controls", s.control_steps), []
     for step in range(s.control_steps):
         set_rates(optimizers, step, s.control_steps, *SCHEDULE)
