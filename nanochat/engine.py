@@ -21,6 +21,7 @@ from nanochat.cache import MatryoshkaKVCache
 from nanochat.common import get_compute_dtype
 from nanochat.confidence_probe import Controls, check_trained, pad
 from nanochat.hybrid_gpt import stays_fp32
+from nanochat.mamba_block import announce_form
 from nanochat.matryoshka import prompt_flops, token_flops
 from nanochat.native import library
 from nanochat.sampling import check_settings, draw_tokens
@@ -34,6 +35,7 @@ def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None)
     controls, which stay fp32, so that decoding does not cast them anew for every token. The model cannot be trained on
     afterwards. ValueError for a weight that is not finite.
     """
+    announce_form(model, torch.device(device_type).type)
     dtype = dtype or get_compute_dtype(device_type)
     for name, p in model.named_parameters():
         p.requires_grad_(False)

@@ -4,9 +4,9 @@ gated norm -> out_proj, with the parameter names, shapes, segment order and init
 
 One call serves any chunk of T >= 1 tokens: without a state it is the parallel form used in training; with a MambaState
 it continues from that state and advances it in place, be it prefill, one decoded token, a catch-up or a verification.
-What runs between the projections is in mamba_kernels.py: a chunked PyTorch form for every device, and the kernels of
-mamba-ssm and causal-conv1d where they work. Documents packed into one row share the state, as they share attention;
-a per-document reset would be one more argument of forward (the kernels' seq_idx), and is not built.
+What runs between the projections is in mamba_kernels.py: a chunked PyTorch form for every device, and on a GPU the
+Triton kernels of mamba-ssm and our own where they can be imported. Documents packed into one row share the state, as
+they share attention; a per-document reset would be one more argument of forward (the kernels' seq_idx), and is not built.
 """
 import functools
 import math
@@ -17,11 +17,12 @@ import torch.nn.functional as F
 
 from nanochat import cpu_decode
 from nanochat import mamba_kernels as kernels
-from nanochat.common import print0
+from nanochat.common import get_compute_dtype, has_native_bf16, print0
 from nanochat.mamba_kernels import NORM_EPS, ssd  # noqa: F401  (ssd is part of this module's interface)
 
 # Stay fp32 when a model is cast to bf16: the recurrence is sensitive to them, and they are small.
 FP32_PARAMS = ("A_log", "dt_bias", "D", "norm.weight", "conv1d.weight", "conv1d.bias")
+SLOW_LIMIT = 1e9  # parameters above which a training run in the PyTorch form must be confirmed
 WINDOW = 16  # how many tokens a state can be rolled back by default
 
 
@@ -150,20 +151,55 @@ class GatedRMSNorm(nn.Module):
 @functools.cache
 def choose_form(backend: str) -> str:
     """
-    "torch" or "cuda": which form the mixers run, decided once per process and printed once.
+    "torch" or "cuda": which form the mixers run, decided once per process; announce_form prints it.
     Raises ValueError for an unknown backend, or "cuda" without a CUDA device; ImportError for "cuda" without its packages.
     """
     if backend not in ("auto", "torch", "cuda"):
         raise ValueError(f"backend {backend!r} is not known; choose auto, torch or cuda")
-    why = "asked for"
-    form = backend
-    if backend != "torch":
-        error = kernels.why_no_cuda()
-        if error and backend == "cuda":
-            raise error
-        form, why = ("torch", str(error)) if error else ("cuda", "mamba-ssm and causal-conv1d work here")
-    print0(f"Mamba-2 runs its {'CUDA kernels' if form == 'cuda' else 'PyTorch form'}: {why}")
-    return form
+    if backend == "torch":
+        return "torch"
+    error = kernels.why_no_cuda()
+    if error and backend == "cuda":
+        raise error
+    return "torch" if error else "cuda"
+
+
+def announce_form(model: nn.Module, device_type: str, training: bool = False, allow_slow: bool = False) -> None:
+    """
+    Prints in one line which form the model's mixers run on a GPU, and why where it is the PyTorch form; warns of a GPU
+    without bf16. On a CPU, where there is no choice, nothing is printed; a line is printed once per process.
+    Raises ValueError where training more than SLOW_LIMIT parameters would run the PyTorch form, unless allow_slow.
+    """
+    mixers = [m for m in model.modules() if isinstance(m, Mamba2)]
+    if device_type != "cuda" or not mixers:
+        return
+    _check_bf16()
+    slow = next((m for m in mixers if m.form != "cuda"), None)
+    if slow is None:
+        _say_once("Mamba-2 runs its Triton kernels")
+        return
+    why = kernels.why_no_cuda() or slow.sizes_error or "the PyTorch form was chosen (backend='torch')"
+    if training and not allow_slow and sum(p.numel() for p in model.parameters()) > SLOW_LIMIT:
+        raise ValueError(f"Mamba-2 would train in its PyTorch form, at least twice as slow, because {why}; or accept that "
+                         "with --allow-slow-mamba")
+    _say_once(f"{'warning: ' if training else ''}Mamba-2 runs its PyTorch form, which is slower: {why}")
+
+
+def _check_bf16() -> None:
+    """A warning for a GPU that computes no bf16, or a ValueError where bf16 was demanded of it."""
+    if has_native_bf16("cuda"):
+        return
+    name = torch.cuda.get_device_name()
+    if get_compute_dtype("cuda") == torch.bfloat16:
+        raise ValueError(f"NANOCHAT_DTYPE=bfloat16 is set, but this GPU ({name}) has no bf16: unset it to compute in fp32, "
+                         "or use a GPU of compute capability 8.0 or later")
+    _say_once(f"warning: this GPU ({name}) has no bf16, so everything is computed in fp32, with twice the memory and "
+              "several times slower: a GPU of compute capability 8.0 or later has it")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print0(line)
 
 
 class Mamba2(nn.Module):
@@ -192,11 +228,12 @@ class Mamba2(nn.Module):
         self.d_inner, self.nheads, self.conv_dim = d_inner, nheads, d_inner + 2 * ngroups * d_state
         self.chunk_size = chunk_size
         self.form = choose_form(backend)
+        self.sizes_error = None
         if self.form == "cuda":
-            error = kernels.why_no_cuda_sizes(d_conv, self.conv_dim)
-            if error and backend == "cuda":
-                raise ValueError(error)
-            self.form = "torch" if error else "cuda"
+            self.sizes_error = kernels.why_no_cuda_sizes(d_inner // ngroups)
+            if self.sizes_error and backend == "cuda":
+                raise ValueError(self.sizes_error)
+            self.form = "torch" if self.sizes_error else "cuda"
         self.forced = backend == "cuda"
         # In mamba_ssm's order of a state dict: direct parameters first.
         self.dt_bias = nn.Parameter(torch.empty(nheads))
@@ -330,7 +367,7 @@ class Mamba2(nn.Module):
         if self._on_kernels(zxbcdt):
             z, xBC, dt_raw = zxbcdt.split([self.d_inner, self.conv_dim, self.nheads], -1)
             y, last = self._cuda_scan(xBC, dt_raw, conv_state, ssm_state, lengths)
-            y = self.norm(y, z)
+            y = self._cuda_norm(y, z)
         else:
             y, _, _, last = kernels.mixer(
                 zxbcdt, self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight,
@@ -356,11 +393,14 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt_raw.float() + self.dt_bias.float())
         if lengths is not None:
             dt = dt * (torch.arange(T, device=dt.device) < lengths[:, None]).unsqueeze(-1)
-        past = None if conv_state is None else conv_state.mT[:, 1:].contiguous()
+        past = None if conv_state is None else conv_state.mT[:, 1:]
         act = kernels.cuda_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, past)
         y, last = kernels.cuda_scan(act, dt, -torch.exp(self.A_log.float()), self.D.float(), ssm_state, self.d_inner,
                                     self.ngroups, self._chunk(xBC.device))
         return y.reshape(b, T, self.d_inner), last
+
+    def _cuda_norm(self, y, z):
+        return kernels.cuda_norm(y, z, self.norm.weight, self.norm.group_size)[0]
 
     @torch.no_grad()
     def _store(self, state, xBC_dt, last, lengths):
@@ -388,7 +428,9 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt_raw.to(S.dtype) + self.dt_bias)
         if self._on_kernels(u):
             y = kernels.cuda_step(xBC, dt, self.A_log, self.D, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv, S, G)
+            norm = self._cuda_norm
         else:
+            norm = self.norm
             conv.copy_(torch.cat([conv[..., 1:], xBC.unsqueeze(-1)], -1))
             act = F.silu((conv * self.conv1d.weight.squeeze(1)).sum(-1) + self.conv1d.bias)
             x, B, C = act.split([self.d_inner, G * self.d_state, G * self.d_state], -1)
@@ -401,7 +443,7 @@ class Mamba2(nn.Module):
         self._record_step(state, projected[:, None])
         if write_only:
             return None
-        y = self.norm(y.view(len(u), self.d_inner), projected[:, :self.d_inner]).to(dtype)
+        y = norm(y.view(len(u), self.d_inner), projected[:, :self.d_inner]).to(dtype)
         return F.linear(y, self.out_proj.weight.to(dtype)).unsqueeze(1)
 
     def _record_step(self, state, projected):

@@ -14,6 +14,8 @@ K conv width. dtype = that of the activations (matrix products), acc = at least 
 import torch
 import torch.nn.functional as F
 
+from nanochat.kernels import upstream
+
 NORM_EPS = 1e-5
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,64 +371,46 @@ mixer.register_autograd(_mixer_grad, setup_context=_mixer_setup)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the kernels of mamba-ssm and causal-conv1d (versions: pyproject.toml), wrapped so that torch.compile does not look inside
-
-INSTALL = "pip install -e '.[cuda]' --no-build-isolation"
+# the kernel form: Triton kernels of mamba-ssm and our own, each a custom operator that torch.compile does not look inside
 
 
 def why_no_cuda() -> Exception | None:
-    """None where the kernels can run, else the error that says what is missing."""
+    """None where the kernels can run, else the error that says what is missing, why, and the command that helps."""
     if not torch.cuda.is_available():
-        return ValueError(f"the Mamba kernels need a CUDA device, and torch {torch.__version__} sees none here; "
-                          f"on a machine that has one: {INSTALL}")
+        return ValueError(f"the Mamba kernels need a CUDA device, and torch {torch.__version__} sees none here; on a "
+                          f"machine that has one, install a CUDA build of torch, then run `{upstream.COMMAND}`")
+    if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+        return ValueError(f"Triton, which compiles the Mamba kernels, needs a GPU of compute capability 8.0 or later, and "
+                          f"this one ({torch.cuda.get_device_name()}) is older")
     try:
-        _chunk_scan()
-        _selective_state_update()
-        _causal_conv1d()
-    except Exception as e:  # a build against another torch fails with ImportError, OSError or RuntimeError
-        return ImportError(f"the Mamba kernels cannot be imported ({type(e).__name__}: {e}); install them with "
-                           f"{INSTALL}")
+        _conv()
+        upstream.load()
+    except ImportError as e:
+        return ImportError(f"the Mamba kernels cannot be used: {e}")
     return None
 
 
-def why_no_cuda_sizes(d_conv: int, conv_dim: int) -> str | None:
-    """None if causal-conv1d supports these sizes, else a sentence."""
-    if d_conv not in (2, 3, 4) or conv_dim % 8:
-        return (f"the CUDA conv kernel needs d_conv 2 to 4 and d_inner + 2 * ngroups * d_state divisible by 8, got "
-                f"{d_conv} and {conv_dim}: choose other sizes or backend='torch'")
+def why_no_cuda_sizes(group_size: int) -> str | None:
+    """None if the kernels take these sizes, else a sentence."""
+    if group_size > 16384:
+        return (f"mamba-ssm's gated norm takes groups of at most 16384 channels, got {group_size}: choose more groups, or "
+                "backend='torch'")
     return None
 
 
-# Imported at the call: the released packages load their CUDA extensions at import and fail where there is no CUDA.
-def _chunk_scan():
-    from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_bwd, _mamba_chunk_scan_combined_fwd
-    return _mamba_chunk_scan_combined_fwd, _mamba_chunk_scan_combined_bwd
-
-
-def _selective_state_update():
-    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
-    return selective_state_update
-
-
-def _causal_conv1d():
-    from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-    from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
-    return causal_conv1d_fn, causal_conv1d_bwd_function, causal_conv1d_update
-
-
-def _channels_last(x):
-    """(b,T,C) -> (b,C,T) with strides the conv kernel takes: channels contiguous, the others multiples of 8."""
-    if x.stride(-1) != 1 or x.stride(0) % 8 or x.stride(1) % 8:
-        x = x.contiguous()
-    return x.mT
+def _conv():
+    """Our convolution kernels; imported at the first use, since Triton exists for Linux only."""
+    try:
+        from nanochat.kernels import causal_conv
+    except ModuleNotFoundError as e:
+        raise ImportError(f"the Python package {e.name} is missing: run `pip install {e.name}`") from e
+    return causal_conv
 
 
 @torch.library.custom_op("adamba::cuda_conv", mutates_args=())
 def cuda_conv(xBC: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, past: torch.Tensor | None) -> torch.Tensor:
     """silu(causal conv): xBC (b,T,C), weight (C,K), bias (C), past (b,K-1,C) inputs before token 0 -> (b,T,C)."""
-    past = None if past is None else past.mT
-    out = _causal_conv1d()[0](_channels_last(xBC), weight, bias, initial_states=past, activation="silu")
-    return out.mT.contiguous()
+    return _conv().forward(xBC, weight, bias, past)
 
 
 @cuda_conv.register_fake
@@ -437,15 +421,12 @@ def _(xBC, weight, bias, past):
 @torch.library.custom_op("adamba::cuda_conv_backward", mutates_args=())
 def cuda_conv_backward(dout: torch.Tensor, xBC: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
                        past: torch.Tensor | None) -> list[torch.Tensor]:
-    past = None if past is None else past.mT
-    dx, dweight, dbias, _ = _causal_conv1d()[1](
-        _channels_last(xBC), weight, bias, _channels_last(dout), None, past, None, None, False, True)
-    return [dx.mT.contiguous(), dweight, dbias]
+    return list(_conv().backward(dout, xBC, weight, bias, past))
 
 
 @cuda_conv_backward.register_fake
 def _(dout, xBC, weight, bias, past):
-    return [xBC.new_empty(xBC.shape), torch.empty_like(weight), torch.empty_like(bias)]
+    return [v.new_empty(v.shape) for v in (xBC, weight, bias)]
 
 
 def _cuda_conv_grad(ctx, dout):
@@ -470,7 +451,8 @@ def cuda_scan(act: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, D: torch.Ten
     No gradient flows through the states.
     """
     x, B, C = _split_heads(act, D.numel(), d_inner, ngroups)
-    out, _, _, _, _, final, *_ = _chunk_scan()[0](x, dt, A, B, C, chunk_size, D=D, initial_states=initial)
+    out, _, _, _, _, final, *_ = upstream.load().ssd_combined._mamba_chunk_scan_combined_fwd(
+        x, dt, A, B, C, chunk_size, D=D, initial_states=initial)
     return out, final.float()
 
 
@@ -487,7 +469,7 @@ def cuda_scan_backward(dout: torch.Tensor, out: torch.Tensor, act: torch.Tensor,
                        ) -> list[torch.Tensor]:
     dact = torch.empty_like(act)
     (x, B, C), (dx, dB, dC) = (_split_heads(a, D.numel(), d_inner, ngroups) for a in (act, dact))
-    _, ddt, dA, _, _, dD, *_ = _chunk_scan()[1](
+    _, ddt, dA, _, _, dD, *_ = upstream.load().ssd_combined._mamba_chunk_scan_combined_bwd(
         dout.contiguous(), x, dt, A, B, C, out, chunk_size, D=D, initial_states=initial, dx=dx, dB=dB, dC=dC)
     return [dact, ddt, dA, dD]
 
@@ -497,7 +479,14 @@ def _(dout, out, act, dt, A, D, initial, d_inner, ngroups, chunk_size):
     return [torch.empty_like(v) for v in (act, dt, A, D)]
 
 
+def _only_first(ctx, output):
+    """Gradients come for output[0] alone: else autograd would fill one with zeros for the other in every backward pass."""
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
 def _cuda_scan_setup(ctx, inputs, output):
+    _only_first(ctx, output)
     ctx.save_for_backward(output[0], *inputs[:5])
     ctx.sizes = inputs[5:]
 
@@ -509,19 +498,74 @@ def _cuda_scan_grad(ctx, dout, _):
 cuda_scan.register_autograd(_cuda_scan_grad, setup_context=_cuda_scan_setup)
 
 
+@torch.library.custom_op("adamba::cuda_norm", mutates_args=())
+def cuda_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, group_size: int,
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The gated norm in one pass: norm(y * silu(z)) * weight, RMS over each group of channels, computed in fp32. y and z
+    (..., d), whose rows may lie apart -> the same in y's dtype, contiguous; and 1 / rms (groups * rows) fp32 for backward.
+    """
+    out = y.new_empty(y.shape)
+    _, _, rstd = upstream.load().layernorm_gated._layer_norm_fwd(
+        _rows(y), weight, None, NORM_EPS, z=_rows(z), out=_rows(out), group_size=group_size, norm_before_gate=False,
+        is_rms_norm=True)
+    return out, rstd
+
+
+def _rows(t):
+    """(..., d) as (rows, d), channels contiguous: a view wherever the rows lie at equal distances."""
+    t = t.reshape(-1, t.size(-1))
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+@cuda_norm.register_fake
+def _(y, z, weight, group_size):
+    return y.new_empty(y.shape), y.new_empty(y.numel() // group_size, dtype=torch.float32)
+
+
+@torch.library.custom_op("adamba::cuda_norm_backward", mutates_args=())
+def cuda_norm_backward(dout: torch.Tensor, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor,
+                       group_size: int) -> list[torch.Tensor]:
+    dz = z.new_empty(z.shape)
+    dy, dweight, _, _ = upstream.load().layernorm_gated._layer_norm_bwd(
+        _rows(dout), _rows(y), weight, None, NORM_EPS, None, rstd, z=_rows(z), group_size=group_size,
+        norm_before_gate=False, is_rms_norm=True, dz=_rows(dz))
+    return [dy.contiguous().view(y.shape), dz, dweight]
+
+
+@cuda_norm_backward.register_fake
+def _(dout, y, z, weight, rstd, group_size):
+    return [v.new_empty(v.shape) for v in (y, z, weight)]
+
+
+def _cuda_norm_setup(ctx, inputs, output):
+    y, z, weight, ctx.group_size = inputs
+    ctx.save_for_backward(y, z, weight, output[1])
+    _only_first(ctx, output)
+
+
+def _cuda_norm_grad(ctx, dout, _):
+    return (*torch.ops.adamba.cuda_norm_backward(dout, *ctx.saved_tensors, ctx.group_size), None)
+
+
+cuda_norm.register_autograd(_cuda_norm_grad, setup_context=_cuda_norm_setup)
+
+
 @torch.library.custom_op("adamba::cuda_step", mutates_args=("conv_state", "ssm_state"))
 def cuda_step(xBC: torch.Tensor, dt: torch.Tensor, A_log: torch.Tensor, D: torch.Tensor, weight: torch.Tensor,
               bias: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor, ngroups: int) -> torch.Tensor:
-    """One token: xBC (b,C), dt (b,H) fp32 after softplus -> y (b,H,P) fp32; both states advance in place."""
+    """One token: xBC (b,C), dt (b,H) fp32 after softplus -> y (b,H,P) in xBC's dtype; both states advance in place."""
     H, P, N = ssm_state.shape[1:]
-    act = _causal_conv1d()[2](xBC.contiguous(), conv_state, weight, bias, "silu")
+    act = _conv().step(xBC, conv_state, weight, bias)
     x, B, C = (v.squeeze(1) for v in _split_heads(act.unsqueeze(1), H, H * P, ngroups))
     A = -torch.exp(A_log.float())
-    y = _selective_state_update()(ssm_state, x, dt.unsqueeze(-1).expand(-1, -1, P), A.view(H, 1, 1).expand(H, P, N),
-                                  B, C, D.float().unsqueeze(-1).expand(H, P))
-    return y.float()
+    # Upstream reads dt_bias's strides even where there is none. Stride 0 selects its kernel for one dt and A per head.
+    no_bias = A.new_zeros(()).expand(H, P)
+    return upstream.load().selective_state_update.selective_state_update(
+        ssm_state, x, dt.unsqueeze(-1).expand(-1, -1, P), A.view(H, 1, 1).expand(H, P, N), B, C,
+        D.float().unsqueeze(-1).expand(H, P), dt_bias=no_bias).contiguous()
 
 
 @cuda_step.register_fake
 def _(xBC, dt, A_log, D, weight, bias, conv_state, ssm_state, ngroups):
-    return dt.new_empty(ssm_state.shape[:3])
+    return xBC.new_empty(ssm_state.shape[:3])

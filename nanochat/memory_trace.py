@@ -164,9 +164,25 @@ def _scan_backward_workspace(dout, out, act, dt, A, D, initial, d_inner, ngroups
             + 4 * b * T * (width - d_inner) + 2 * dout.numel())
 
 
+def _conv_backward_workspace(dout, xBC, weight, bias, past) -> int:
+    """Our convolution's backward: the weights' gradient in parts, one per SPAN = 256 tokens of a row, and their sum."""
+    b, T, C = xBC.shape
+    return 4 * (b * -(-T // 256) + 1) * C * (weight.size(1) + 1)
+
+
+def _norm_backward_workspace(dout, y, z, weight, rstd, group_size) -> int:
+    """mamba-ssm's gated norm: the weight's gradient in parts, one per program that an H100's 132 processors run."""
+    block = 1 << (group_size - 1).bit_length()
+    warps = min(max(block // 256, 1), 8)
+    return 4 * len(weight) * -(-132 * -(-4 // warps) // (len(weight) // group_size))
+
+
 _FUNCTIONS = {torch.ops.adamba.mixer: mamba_kernels.mixer._init_fn,
               torch.ops.adamba.mixer_backward: mamba_kernels.mixer_backward._init_fn}
-_WORKSPACES = {torch.ops.adamba.cuda_scan: _scan_workspace, torch.ops.adamba.cuda_scan_backward: _scan_backward_workspace}
+_WORKSPACES = {torch.ops.adamba.cuda_scan: _scan_workspace,
+               torch.ops.adamba.cuda_scan_backward: _scan_backward_workspace,
+               torch.ops.adamba.cuda_conv_backward: _conv_backward_workspace,
+               torch.ops.adamba.cuda_norm_backward: _norm_backward_workspace}
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from nanochat.shards import EMBEDDED
 # Flags that say how a run is watched and kept, not what it computes: they may differ when it is resumed.
 WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log_every", "device_type", "compile",
             "checkpoint", "export", "gradient_checkpointing", "max_skipped_steps", "price",
-            "skip_bad_rows", "accept_changed_data"}
+            "skip_bad_rows", "accept_changed_data", "allow_slow_mamba"}
 # Flags that follow from the number of processes: they may differ, as long as their product does not.
 SPLIT = {"device_batch_size"}
 GPU_TOKENS = 524288  # per optimizer step on GPUs, as nanochat

@@ -30,6 +30,7 @@ from nanochat.confidence_probe import budget_grid, by_frequency, calibrate_price
 from nanochat.dataloader import DataLoader
 from nanochat.elastic_step import DEFAULT_RECIPE, RECIPES, TAUGHT, ElasticStep
 from nanochat.loss_eval import EXIT_WEIGHT, evaluate_bpb
+from nanochat.mamba_block import announce_form
 from nanochat.mixture import default_data, prepare_mixture
 from nanochat.optim import setup_optimizers, state_bytes
 from nanochat.step_estimate import Workload, fit, measured_speed
@@ -93,6 +94,9 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
                    help="with --predictor gumbel: weight of the distance between a plan's cost and its budget (default: 1)")
     p.add_argument("--export", action="store_true",
                    help="write model.pt from the run's newest checkpoint, whole or not, and train no further")
+    p.add_argument("--allow-slow-mamba", action="store_true",
+                   help="on a GPU, train a model of more than 1 B parameters even if Mamba-2's kernels cannot run "
+                        "(`python -m scripts.get_kernels` brings them)")
     p.add_argument("--tag", default=None, help="name of the family (default: the checkpoint's)")
     add_training_args(p, data=None)
     args = p.parse_args(argv)
@@ -205,6 +209,7 @@ def main(argv=None):
     rank, world = get_rank()
 
     model = ckpt.build_model(config, "meta")
+    announce_form(model, device.type, training=not args.export, allow_slow=args.allow_slow_mamba)
     stages.set_trained(model, phase, workload.gate, boxes)
     trained = stages.trained_entries(model, boxes)
     print0("parameters " + ", ".join(f"{k} {v:,}" for k, v in model.num_params().items()) + f"; trained {trained:,}")
