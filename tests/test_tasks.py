@@ -256,16 +256,16 @@ def test_the_command_scores_every_mode_and_resumes(checkpoint, tmp_path, capsys,
     assert [r["scores"] for r in again["rows"]] == [r["scores"] for r in result["rows"]]
 
 
-def test_auto_is_offered_only_where_gate_and_predictor_are_trained(model):
+def test_auto_is_offered_only_where_gate_and_predictor_are_trained(model, tokenizer):
     """A training stage trains the gate along, but the predictor is --controls' alone."""
-    modes = [*model.config.distinct_modes]
+    modes, engine = [*model.config.distinct_modes], Engine(model, tokenizer)
     args = argparse.Namespace(modes="all", budget=None, lossless=False)
-    assert [c.mode for c in chat_eval.chosen_computes(args, model)] == [*modes, "auto"]
+    assert [c.mode for c in chat_eval.chosen_computes(args, engine)] == [*modes, "auto"]
     weight = model.predictor.out_weight.detach().clone()
     with torch.no_grad():
         model.predictor.out_weight.zero_()
     try:
-        assert [c.mode for c in chat_eval.chosen_computes(args, model)] == modes
+        assert [c.mode for c in chat_eval.chosen_computes(args, engine)] == modes
     finally:
         with torch.no_grad():
             model.predictor.out_weight.copy_(weight)

@@ -87,7 +87,7 @@ class Judge:
         repeated = [p for p in prompts for _ in range(n)]
         began = time.perf_counter()
         rows = self.engine.answers(repeated, s.max_tokens, temperature=s.temperature, top_k=s.top_k, stop=self.stop,
-                                   seed=s.seed + n * batch[0][0], **asdict(self.compute))
+                                   seed=[s.seed + n * i + k for i, _ in batch for k in range(n)], **asdict(self.compute))
         seconds = (time.perf_counter() - began) / len(batch)
         for b, (i, conversation) in enumerate(batch):
             mine = range(b * n, (b + 1) * n)
