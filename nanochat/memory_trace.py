@@ -7,8 +7,9 @@ dtypes, no data), and every storage's bytes are counted from its creation to its
     trace.peak, trace.at_peak                   # bytes, and their parts by category
 
 Floating-point tensors are fake. Integer and boolean ones that follow from no fake one (tokens, levels, exits, masks) stay
-real, since the model's control flow reads them; they are counted too. Not counted: the CUDA context, cuBLAS's and NCCL's own
-buffers, and what the allocator loses to fragments.
+real, since the model's control flow reads them; they are counted too. The predictor's and the gate's decisions, which do
+follow from fake ones, are real tensors that say the most expensive thing: full width, no exit. Not counted: the CUDA
+context, cuBLAS's and NCCL's own buffers, and what the allocator loses to fragments.
 """
 import contextlib
 import weakref
@@ -128,6 +129,13 @@ class MemoryTrace(TorchDispatchMode):
                 return func(*args, **kwargs)
             if func is aten._local_scalar_dense.default:
                 return 0.5  # a loss, for a log
+            if func is aten.argmax.default:  # a plan, which control flow reads: the last level, full width
+                index, = args[1:] or (None,)
+                assert index is not None, "an index into a flattened tensor decides nothing here"
+                shape = inputs[0].movedim(index, -1).shape
+                return torch.full(shape[:-1], shape[-1] - 1)
+            if func in (aten.gt.Scalar, aten.lt.Scalar):  # the gate against a threshold: no token exits, none is widened
+                return torch.zeros(inputs[0].shape, dtype=torch.bool)
             if func is aten.index.Tensor:  # a mask's true entries are known here, and not to a fake operator
                 masks = [i is not None and i.dtype == torch.bool and not isinstance(i, FakeTensor) for i in args[1]]
                 args = (args[0], [j for i, m in zip(args[1], masks) for j in (i.nonzero().unbind(1) if m else (i,))])

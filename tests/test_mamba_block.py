@@ -45,7 +45,7 @@ def recurrence(x, dt, A, B, C, D, S=None):
 
 def naive_mixer(m, u):
     """The whole mixer from its definition, in u's dtype: no chunks, torch's conv1d, the recurrence above."""
-    p = {k: v.to(u.dtype) for k, v in m.state_dict().items()} if not u.requires_grad else dict(m.named_parameters())
+    p = {k: v.to(u.dtype) for k, v in m.named_parameters()}
     b, T, _ = u.shape
     z, xBC, dt = (u @ p["in_proj.weight"].T).split([m.d_inner, m.conv_dim, m.nheads], -1)
     xBC = F.conv1d(xBC.mT, p["conv1d.weight"], p["conv1d.bias"], padding=m.d_conv - 1, groups=m.conv_dim)[..., :T].mT

@@ -4,7 +4,7 @@ Every kernel that the Mamba-2 blocks launch compiles to machine code of an H100 
 Triton's compiler and ptxas need no GPU. The launchers run as on a GPU, in a process of its own, with a driver that claims
 to be an H100 and with launches that stop after compiling:
 
-    python tests/test_sm90.py          compiles the first configuration of each autotuned kernel
+    python tests/test_sm90.py          compiles of each autotuned kernel the first configuration that an H100 can launch
     python tests/test_sm90.py all      compiles every configuration
 """
 import contextlib
@@ -37,9 +37,8 @@ def test_kernels_compile_for_an_h100(tmp_path):
                           env=child_environment() | {"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-4000:]
     compiled = json.loads(done.stdout.splitlines()[-1])
-    assert {k["name"] for k in compiled} >= OURS | UPSTREAM
-    for k in compiled:
-        assert k["target"] == 90 and k["bytes"] > 1000 and k["shared"] <= SHARED_MEMORY, k
+    assert all(k["target"] == 90 and k["bytes"] > 1000 for k in compiled)
+    assert {k["name"] for k in compiled if k["shared"] <= SHARED_MEMORY} >= OURS | UPSTREAM
 
 
 class _H100:
@@ -72,8 +71,10 @@ def compile_only(every: bool) -> list[dict]:
     def compile_configurations(self, *args, **options):
         self.nargs = dict(zip(self.arg_names, args))
         self.best_config = self.configs[0]
-        for config in self.configs if every else self.configs[:1]:
+        for config in self.configs:  # Triton's tuner, too, passes over those that ask for more shared memory than there is
             self.fn.run(*args, **options, **config.all_kwargs())
+            if not every and compiled[-1]["shared"] <= SHARED_MEMORY:
+                break
     driver.set_active(_H100())
     jit.JITFunction.run = compile_kernel
     autotuner.Autotuner.run = compile_configurations

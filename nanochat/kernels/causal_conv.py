@@ -138,7 +138,7 @@ def backward(dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: to
             dout, x, past, weight, bias, dx, sums, T, C, *dout.stride(), *x.stride(), *past_strides, *weight.stride(),
             K=K, HAS_PAST=past is not x, SPAN=SPAN, TOKENS=BACKWARD_TOKENS, CHANNELS=CHANNELS, num_warps=4)
     total = sums.sum(0)
-    return dx, total[:K].mT.to(weight.dtype).contiguous(), total[K].to(bias.dtype)
+    return dx, total[:K].mT.to(weight.dtype).contiguous(), total[K].to(bias.dtype, copy=True)  # no view into `total`
 
 
 def step(x: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
