@@ -63,7 +63,7 @@ def test_a_second_run_installs_nothing_again(node):
 @pytest.mark.parametrize("env, words", [
     ({"GPU_PROBE": "true"}, "no GPU is found ('true' lists none): install NVIDIA's driver first"),
     ({"NO_HEADERS": "1"}, "python3-dev are missing: run `sudo sh -c 'apt-get update && apt-get install -y python3-dev'`"),
-    ({"OLD": "1"}, "is older than Python 3.10"), ({"DISK_PROBE": "echo 3"}, "has 3 GB of free disk, and the Python packages"),
+    ({"OLD": "1"}, "is older than Python 3.10"), ({"DISK_PROBE": "echo 3"}, "has 3 GB of free disk, and the Python"),
     ({"FAULT": "the driver is old"}, "the driver is old; then run this script again"), ({"MINUTES": "0"}, "MINUTES=0 is no"),
     ({"CHECK": "1"}, "the check failed: its lines above say where")])
 def test_what_it_cannot_do_it_says_in_one_line(node, env, words):
