@@ -80,8 +80,8 @@ def parse_args(argv) -> tuple[argparse.Namespace, list[str]]:
                    help="what pretraining's learning rates are multiplied by; they fall to 0 (default: 0.02)")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations (default: 100)")
     p.add_argument("--chatcore-max-cat", type=int, default=256,
-                   help="problems of each multiple-choice task at an evaluation (default: 256; where none is judged the best "
-                        "model is the one of the fewest bits per byte)")
+                   help="problems of each multiple-choice task at an evaluation (default: 256); where no task is judged the "
+                        "best model is the one of fewest bits per byte)")
     p.add_argument("--chatcore-max-sample", type=int, default=24,
                    help="problems of each generative task; only where one process trains without --compile (default: 24)")
     p.add_argument("--tasks", default="|".join(BENCHMARKS), help="the tasks of ChatCORE, separated by | (default: all)")
