@@ -73,7 +73,8 @@ echo "$gpus GPUs, $free GB of free disk ($needed needed)${missing:+, to download
 [ "${1:-}" != --check ] || exit 0
 
 # --- the work
-source dev/setup.sh
+source dev/setup.sh cuda
+python -m scripts.get_kernels  # before anything takes hours: stage 1 refuses to train without them
 mkdir -p "$work"
 settings="DATA=$DATA STAGE1_STEPS=$STAGE1_STEPS STAGE2_STEPS=$STAGE2_STEPS STAGE3_STEPS=$STAGE3_STEPS TOTAL_BATCH=$TOTAL_BATCH"
 if [ -e "$work/settings" ] && [ "$(cat "$work/settings")" != "$settings" ]; then

@@ -19,7 +19,7 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,7 +28,9 @@ from nanochat.common import atomic_write, fsync_dir, get_base_dir, get_rank, pri
 from nanochat.distributed import full_optimizer_state, full_state, local, local_rows
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
-from nanochat.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # models load without the packages that text needs
+    from nanochat.tokenizer import Tokenizer
 
 EXPORT_FILES = {"model.pt", "config.json", "tokenizer", "optim.pt"}
 _CONFIGS = {"gpt": (GPTConfig, GPT), "hybrid": (HybridConfig, HybridGPT)}
@@ -326,7 +328,7 @@ def optimizer_names(state: dict) -> dict[int, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Exports: model.pt, config.json, tokenizer/
 
-def save_export(folder: Path, model: GPT, tokenizer: Tokenizer, info: dict) -> None:
+def save_export(folder: Path, model: GPT, tokenizer: "Tokenizer", info: dict) -> None:
     """
     Writes folder/{model.pt,config.json,tokenizer/}; config.json holds kind, config and `info` (provenance, proof). An
     earlier export there stays whole until both files have been written (OSError when the disk is full). config.json takes
@@ -423,7 +425,7 @@ def chosen_model(args) -> Path:
 class Loaded(NamedTuple):
     """A model, its tokenizer, its config.json or meta, and the file that its weights came from."""
     model: GPT
-    tokenizer: Tokenizer
+    tokenizer: "Tokenizer"
     info: dict
     file: Path
 
@@ -492,8 +494,9 @@ def download(repo: str, folder: Path) -> None:
                               "again, or put its files there yourself")
 
 
-def load_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer:
+def load_tokenizer(folder: Path, config: GPTConfig) -> "Tokenizer":
     """The tokenizer in folder/tokenizer or in the folder itself; ValueError if it is not of the model's size."""
+    from nanochat.tokenizer import Tokenizer
     inside = Path(folder) / "tokenizer"
     tokenizer = Tokenizer.from_directory(inside if inside.is_dir() else folder)
     if tokenizer.get_vocab_size() != config.vocab_size:

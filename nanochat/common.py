@@ -112,19 +112,25 @@ def find_device_type(requested: str | None) -> str:
     """
     if torch.cuda.is_available() or requested == "cpu":
         return requested or "cuda"
-    fault = "torch sees no CUDA device: drop the flag to run on the CPU"
-    if has_nvidia_gpu():
-        if torch.version.cuda is None:
-            fault = (f"this machine has an NVIDIA GPU, but torch {torch.__version__} was built without CUDA: install the "
-                     f"CUDA build with `pip install --force-reinstall torch=={torch.__version__.partition('+')[0]}`")
-        else:
-            fault = (f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it: the driver must support "
-                     f"CUDA {torch.version.cuda} (nvidia-smi shows what it supports), so update the driver")
-        if requested is None:
-            print0(f"warning: running on the CPU, because {fault}")
+    fault, present = why_no_gpu(), has_nvidia_gpu()
+    if requested is None and present:
+        print0(f"warning: running on the CPU, because {fault}")
     if requested == "cuda":
-        raise ValueError(f"--device-type cuda cannot be used: {fault}")
+        raise ValueError(f"--device-type cuda cannot be used: {fault}" + ": drop the flag to run on the CPU" * (not present))
     return "cpu"
+
+
+def why_no_gpu() -> str | None:
+    """None where torch can use a GPU, else why it cannot, and what helps where something does."""
+    if torch.cuda.is_available():
+        return None
+    if not has_nvidia_gpu():
+        return "torch sees no CUDA device"
+    if torch.version.cuda is None:
+        return (f"this machine has an NVIDIA GPU, but torch {torch.__version__} was built without CUDA: install the CUDA "
+                f"build with `pip install --force-reinstall torch=={torch.__version__.partition('+')[0]}`")
+    return (f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it: the driver must support CUDA "
+            f"{torch.version.cuda} (nvidia-smi shows what it supports), so update the driver")
 
 
 def has_native_bf16(device_type: str) -> bool:

@@ -22,7 +22,7 @@ from nanochat.loss_eval import (
     tokens_of_rows,
 )
 from nanochat.matryoshka import sample_levels
-from nanochat.training import Share, pass_flops
+from nanochat.step_parts import Share, pass_flops
 
 PASSES_APART = 0x9E3779B1  # the generator's seed is its lowest 32 bits, which multiples of 2^32 / 1.618 fill most evenly
 CONTROL_TOKENS = 32  # of a row, that the gate looks at while the controls are trained alone

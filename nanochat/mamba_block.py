@@ -197,6 +197,13 @@ def _check_bf16() -> None:
               "several times slower: a GPU of compute capability 8.0 or later has it")
 
 
+def use_torch_form(model: nn.Module) -> None:
+    """Makes all mixers of a model run their PyTorch form, whatever could run on its device."""
+    for module in model.modules():
+        if isinstance(module, Mamba2):
+            module.form = "torch"
+
+
 @functools.cache
 def _say_once(line: str) -> None:
     print0(line)

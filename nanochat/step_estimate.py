@@ -31,7 +31,7 @@ from nanochat.loss_eval import EXIT_WEIGHT
 from nanochat.memory_trace import CATEGORIES, MemoryTrace, traced
 from nanochat.optim import OPTIMIZERS, setup_optimizers
 from nanochat.stages import frozen_boxes, set_trained
-from nanochat.training import GPU_TOKENS, shares
+from nanochat.step_parts import GPU_TOKENS, shares
 
 # Traced of a deeper model. Multiples of 4 have the same number of exit points and value embeddings per layer.
 LAYERS = (8, 12)

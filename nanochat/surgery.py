@@ -16,6 +16,7 @@ import torch
 from nanochat.checkpoint_manager import build_model, load_state, optimizer_names
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
+from nanochat.mamba_block import use_torch_form
 from nanochat.streaming import Leaf, State, seeded, shapes_of
 
 MAX_DELTA = 1e-4  # largest |delta logit|, fp32, that counts as "the function is unchanged"
@@ -178,6 +179,8 @@ def prove(before: GPT, after: GPT, cast: GPT | None = None, seed: int = 0, devic
     hybrids also, under 'level', those at the widest level that both have, and its 'width'. Under 'cast' those of a third
     model, the second as its file will hold it, against the second.
     """
+    for model in (before, after, *([] if cast is None else [cast])):
+        use_torch_form(model)  # on a GPU the kernels would multiply fp32 as TF32
     idx = probe_batch(before.config, seed).to(device)
     hybrids = isinstance(before.config, HybridConfig)
     width = max(set(before.config.levels) & set(after.config.levels)) if hybrids else None

@@ -11,7 +11,6 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -30,11 +29,10 @@ from nanochat.distributed import (
     reduce_whole,
     smallest_gpu,
 )
-from nanochat.loss_eval import PROBED
-from nanochat.matryoshka import block_cost
 from nanochat.monitor import Monitor, peak_flops, timer
 from nanochat.optim import MATRIX_LR, OPTIMIZERS
 from nanochat.shards import EMBEDDED
+from nanochat.step_parts import GPU_TOKENS, set_rates, shares
 
 # Flags that say how a run is watched and kept, not what it computes: they may differ when it is resumed.
 WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log_every", "device_type", "compile",
@@ -42,7 +40,6 @@ WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log
             "skip_bad_rows", "accept_changed_data", "allow_slow_mamba"}
 # Flags that follow from the number of processes: they may differ, as long as their product does not.
 SPLIT = {"device_batch_size"}
-GPU_TOKENS = 524288  # per optimizer step on GPUs, as nanochat
 MFU = 0.4  # assumed share of the GPUs' bf16 peak, before the first step has been timed
 DOLLARS = 3.0  # per GPU hour
 
@@ -267,62 +264,6 @@ def check_rate(args, name: str) -> None:
 def flag(name: str) -> str:
     """An argument's name as the flag that sets it."""
     return f"--{name.replace('_', '-')}"
-
-
-class Share(NamedTuple):
-    """
-    What part one pass of one rank has of a step's supervised tokens, of those that gate and exits learn from, of its passes;
-    number: which of the step's passes it is, on all ranks.
-    """
-    tokens: float
-    probed: float
-    passes: float
-    number: int = 0
-
-
-def shares(batches: list) -> list[Share]:
-    """Of this rank's passes, [(x, y)], in a step of all ranks. Tokens and probed add up to 1 over passes and ranks."""
-    counts = torch.stack([torch.stack((n.sum(), n.clamp(max=PROBED).sum())) for _, y in batches
-                          for n in [(y >= 0).sum(1)]]).double()
-    total = all_sum(counts.sum(0)).clamp(min=1)
-    return [Share(*row, 1 / len(batches), i) for i, row in enumerate((counts / total).tolist())]
-
-
-def pass_flops(model, widths=None, context: float = 0) -> float:
-    """
-    FLOPs per token of a forward and backward pass at one width, or a width per block: every product once forward and once
-    for its input's gradient, and for its weight's only where that is trained; attention and scan twice backward.
-    """
-    def both(cost, module):
-        trained = [p.requires_grad for p in module.parameters() if p.ndim == 2 and min(p.shape) > 32]
-        return cost.matmul * (2 + sum(trained) / max(1, len(trained))) + 3 * (cost.attention + cost.scan)
-    blocks = sum(both(cost, block) for block, d in zip(model.transformer.h, model.resolve_widths(widths))
-                 for cost in block_cost(block, d, context))
-    return blocks + both(model.cost()["head"], model.lm_head)
-
-
-def lr_multiplier(step: int, total: int, warmup_ratio: float, warmdown_ratio: float) -> float:
-    """Linear warm-up, constant, linear warm-down to zero after the last step."""
-    warmup, warmdown = round(warmup_ratio * total), round(warmdown_ratio * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    return min(1.0, (total - step) / warmdown) if warmdown else 1.0
-
-
-def muon_momentum(step: int) -> float:
-    """0.85 rising to 0.95 over the first 300 steps, as in nanochat."""
-    return 0.85 + 0.10 * min(step / 300, 1)
-
-
-def set_rates(optimizers, step: int, total: int, warmup_ratio: float, warmdown_ratio: float) -> float:
-    """Learning rates and Muon's momentum of a step, of `total`. Returns the multiplier of the rates."""
-    scale = lr_multiplier(step, total, warmup_ratio, warmdown_ratio)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * scale
-            if "momentum" in group:
-                group["momentum"] = muon_momentum(step)
-    return scale
 
 
 class Stop:

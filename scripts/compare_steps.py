@@ -19,8 +19,8 @@ from nanochat.elastic_step import TAUGHT, ElasticStep
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.loss_eval import EXIT_WEIGHT
 from nanochat.stages import set_trained
+from nanochat.step_parts import Share, set_rates
 from nanochat.surgery import insert
-from nanochat.training import Share, set_rates
 from scripts.compare_surgery import T, Text, fresh_model, optimizers_of, small_base, train, write
 
 WHOLE = Share(1.0, 1.0, 1.0)  # a step is one pass of one process

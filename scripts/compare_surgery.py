@@ -33,10 +33,10 @@ from nanochat.optim import setup_optimizers
 from nanochat.ordering import ORDERS, order_by_data, order_by_weights, order_state
 from nanochat.shards import iter_texts
 from nanochat.stages import set_trained
+from nanochat.step_parts import set_rates
 from nanochat.streaming import State
 from nanochat.surgery import insert
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import set_rates
 
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt

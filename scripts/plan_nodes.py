@@ -11,7 +11,7 @@ from nanochat.memory_trace import traced
 from nanochat.monitor import PEAK_FLOPS
 from nanochat.optim import OPTIMIZERS
 from nanochat.step_estimate import Choice, Ranks, Workload, fake_ranks, possible_rows, prepare_step
-from nanochat.training import GPU_TOKENS
+from nanochat.step_parts import GPU_TOKENS
 from scripts.plan_tables import show, step_flops
 
 # c10d's operator -> (name, how often a rank sends each byte that it does not hold, which tensor has all

@@ -20,7 +20,7 @@ from nanochat.elastic_step import TAUGHT, ElasticStep
 from nanochat.growing import Init, grow
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.optim import setup_optimizers
-from nanochat.training import set_rates, shares
+from nanochat.step_parts import set_rates, shares
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["ranks", "scripts.fractal_train", "scripts.base_train", "conftest"])

@@ -24,8 +24,8 @@ from nanochat.elastic_step import TAUGHT, ElasticStep
 from nanochat.growing import Init, grow
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.mixture import prepare_mixture
+from nanochat.step_parts import Share, shares
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import Share, shares
 from scripts import fractal_train, surgery
 
 CASES = {

@@ -36,10 +36,11 @@ from nanochat.distributed import reduce_whole
 from nanochat.engine import Engine, Trace, prepare_inference
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.loss_eval import ANSWER, Shadow, controls_backward, gate_loss, matryoshka_backward, sample_students
+from nanochat.mamba_block import announce_form
 from nanochat.matryoshka import norm, token_flops
 from nanochat.optim import setup_optimizers
 from nanochat.stages import set_trained
-from nanochat.training import set_rates
+from nanochat.step_parts import set_rates
 from tiny_experiment.tasks import DIFFICULTIES, Encoder, draw_many, make_tokenizer
 
 EPSILON = 0.05
@@ -51,7 +52,8 @@ class Settings:
     """
     Sizes of one run. `pieces`: passes per step, of rows of like length, since padding costs as much as text. processes:
     each on one core, with its own pieces; on a small model that is nearly twice as fast as two threads in one process.
-    student_every: steps to one with narrow passes.
+    student_every: steps to one with narrow passes. device_type: where the model runs, 'cpu' or 'cuda'; several processes
+    share one GPU.
     """
     steps: int = 1100
     students_from: int = 250  # the step from which narrow passes learn, from a teacher that is worth it by then
@@ -66,6 +68,7 @@ class Settings:
     swept: int = 900  # of the test instances, for the curves
     timed: int = 300
     processes: int = 2
+    device_type: str = "cpu"
 
     @classmethod
     def quick(cls) -> "Settings":
@@ -74,15 +77,18 @@ class Settings:
                    swept=45, timed=6, delta=0.05)
 
 
-def make_model(encoder: Encoder, seed: int):
-    """8 blocks, 4 of attention and 4 of Mamba; width 128, eight heads of 16, so that there are four levels."""
+def make_model(encoder: Encoder, seed: int, device_type: str = "cpu"):
+    """
+    8 blocks, 4 of attention and 4 of Mamba; width 128, eight heads of 16, so that there are four levels. The weights are
+    drawn on the CPU and so are the same on every device.
+    """
     config = HybridConfig(sequence_len=32, vocab_size=encoder.tokenizer.get_vocab_size(), n_layer=4, n_head=8, n_kv_head=8,
                           n_embd=128, d_ref=128, top_width=128, mamba_expand=1, mamba_headdim=32, mamba_d_state=16,
                           mamba_group_width=128)
     model = build_model(config, "cpu")
     torch.manual_seed(seed)
     model.init_weights()
-    return model
+    return model.to(device_type)
 
 
 def pieces_of(instances: list, s: Settings, step: int) -> list[tuple[int, list]]:
@@ -120,7 +126,7 @@ def mean_losses(pieces: list[tuple[float, dict]]) -> dict[str, float]:
 
 def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
     """Everything but the controls; the losses of each step."""
-    optimizers, model.compute_dtype = setup_optimizers(model, embedding_lr=0.1), get_compute_dtype("cpu")
+    optimizers, model.compute_dtype = setup_optimizers(model, embedding_lr=0.1), get_compute_dtype(s.device_type)
     progress, history = Progress("model", s.steps), []
     for step in range(s.steps):
         set_rates(optimizers, step, s.steps, *SCHEDULE)
@@ -134,9 +140,9 @@ def train_model(model, encoder: Encoder, seed: int, s: Settings) -> list[dict]:
                 # a quarter of all rows on average, whole passes at a time
                 expanding = len(x) if k == step // s.student_every % 4 else 0
                 students = sample_students(model.config, len(x), x.size(1), starts - 1, generator, expanding)
-            share = int((y >= 0).sum()) / total
-            losses.append((share, matryoshka_backward(model, x, y, students, share,
-                                                      exit_at=(y.flatten() >= 0).nonzero()[:, 0])))
+            share, exit_at = int((y >= 0).sum()) / total, (y.flatten() >= 0).nonzero()[:, 0]
+            losses.append((share, matryoshka_backward(model, x.to(model.device), y.to(model.device), students, share,
+                                                      exit_at=exit_at)))
         finish_step(model, optimizers)
         history.append(mean_losses(losses))
         progress.step(1, " | ".join(f"{name} {v:.3f}" for name, v in history[-1].items()))
@@ -161,7 +167,8 @@ def train_controls(model, encoder: Encoder, seed: int, s: Settings) -> list[dict
             x, y, starts = encoder.batch(piece)
             y = at_most(ANSWER, y, generator)  # or the long answers of easy tasks would speak for all
             share = len(x) / s.control_rows
-            losses.append((share, controls_backward(model, x, y, starts, generator, tokens=y.numel(), scale=share)))
+            losses.append((share, controls_backward(model, x.to(model.device), y.to(model.device), starts, generator,
+                                                    tokens=y.numel(), scale=share)))
         finish_step(model, optimizers)
         history.append(mean_losses(losses))
         progress.step(1, " | ".join(f"{name} {v:.3f}" for name, v in history[-1].items()))
@@ -177,7 +184,8 @@ def at_most(n: int, y: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 def train(seed: int, s: Settings, between=None) -> tuple:
     """The trained model and the histories of both phases; between(model) is called before the controls are trained."""
     encoder = Encoder(make_tokenizer())
-    model = make_model(encoder, seed)
+    model = make_model(encoder, seed, s.device_type)
+    announce_form(model, s.device_type)
     history = train_model(model, encoder, seed, s)
     if between:
         between(model)
@@ -217,7 +225,7 @@ def train_in_parallel(seed: int, s: Settings, between) -> tuple:
 # prefix of it is the right one, so one parallel pass with the same decisions judges as generating would.
 
 class Judge:
-    """A set of instances and what a policy makes of them."""
+    """A set of instances and what a policy makes of them. All tensors are on the CPU but those that the model is given."""
     PIECE = 150  # instances in a pass, of like length: padding costs as much as text, and what a cache holds is faster
 
     def __init__(self, model, encoder: Encoder, instances: list):
@@ -257,15 +265,16 @@ class Judge:
 
     def in_pieces(self, f) -> list:
         """
-        f(rows, t) of each piece of the set: the numbers of its instances, whose texts end by position t; in as many threads
-        as torch has.
+        f(rows, t) of each piece of the set: the numbers of its instances, whose texts end by position t; on a CPU in as
+        many threads as torch has.
         """
         def run(rows):
             with torch.no_grad():  # for this thread
                 return f(rows, int(self.ends[rows].max()))
         threads = torch.get_num_threads()
+        workers = threads if self.model.device.type == "cpu" else 1
         try:  # a pass this small gains little from two threads inside
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 return list(pool.map(run, self.ends.argsort(stable=True).split(self.PIECE)))
         finally:
             torch.set_num_threads(threads)
@@ -275,15 +284,16 @@ class Judge:
         model, n_block = self.model, self.model.config.n_block
         x, y, behind, at = (tensor[rows, :t] for tensor in (self.x, self.y, self.behind, self.answer))
         row, place = at.nonzero(as_tuple=True)
+        given = x.to(model.device)
         if control is not None:
-            control = control(x)
-            h, widths = control.parallel(x, [self.prompts[r] for r in rows.tolist()], behind)
+            control = control(given)
+            h, widths = control.parallel(given, [self.prompts[r] for r in rows.tolist()], behind)
             exits, flops = control.exits, control.flops(at, extra or None)
         else:
             exits = torch.where(behind, depth, n_block)
-            h = model.hidden(x, widths, exits)
+            h = model.hidden(given, widths, exits)
             flops = token_flops(model, exits[at], widths[row], place + 1)
-        right = ((model.logits(h).argmax(-1) == y) | ~at).all(1)
+        right = ((model.logits(h).argmax(-1).cpu() == y) | ~at).all(1)
         full = token_flops(model, torch.full_like(row, n_block), torch.full_like(widths[row], model.config.top_width),
                            place + 1)
         each = torch.zeros(2, len(rows), dtype=torch.float64).index_add_(1, row, torch.stack((flops, full)))
@@ -357,14 +367,15 @@ def examine_gate(judge: Judge, budget: float, prices: list) -> dict:
     model = judge.model
 
     def look(rows, t):
-        x, y, behind, answer = (tensor[rows, :t] for tensor in (judge.x, judge.y, judge.behind, judge.answer))
+        behind, answer = judge.behind[rows, :t], judge.answer[rows, :t]
+        x, y = (tensor[rows, :t].to(model.device) for tensor in (judge.x, judge.y))
         at = answer.flatten().nonzero()[:, 0]
-        shadow = Shadow(at)
-        full = model.hidden(x).flatten(0, 1)[at]
+        shadow, here = Shadow(at), at.to(model.device)
+        full = model.hidden(x).flatten(0, 1)[here]
         prompts = [judge.prompts[r] for r in rows.tolist()]
         Controls(model, budget, 1.0, 0.0, {"prices": prices}).parallel(x, prompts, behind, shadow)
-        loss, seen = gate_loss(model, shadow, full, y.flatten()[at])
-        return loss * len(seen["label"]), seen["confidence"], seen["label"]
+        loss, seen = gate_loss(model, shadow, full, y.flatten()[here])
+        return loss.cpu() * len(seen["label"]), seen["confidence"].cpu(), seen["label"].cpu()
     losses, sure, label = zip(*judge.in_pieces(look))
     sure, label = torch.cat(sure), torch.cat(label)
     loss, rate = sum(losses) / len(label), float(label.mean())
@@ -490,7 +501,7 @@ def measure(model, encoder: Encoder, seed: int, s: Settings, first: dict, folder
     print0(f"  {model.num_params()['total']:,} parameters, levels {c.levels}, exits after {c.exit_points} of {c.n_block}")
     instances = draw_many(seed, s.test, "test")
     test, swept = Judge(model, encoder, instances), Judge(model, encoder, instances[:s.swept])
-    prepare_inference(model, "cpu", torch.float32)
+    prepare_inference(model, s.device_type, torch.float32)
     held_out = draw_many(seed, s.calibration, "calibration")
     n = s.calibration // 3
     calibration, losses = calibrate_answers(*(Judge(model, encoder, part) for part in (held_out[:n], held_out[n:])), s.delta)
