@@ -193,7 +193,8 @@ def test_a_base_model_does_not_chat(home, model, tokenizer, capsys):
 
 @pytest.mark.parametrize("name", ["GSM8K", "SpellingBee", "SmolTalk"])
 def test_parts_of_an_answer_are_those_that_were_rendered(tokenizer, name):
-    for conversation in list(make(name, "train", "examples"))[:4]:
+    task = make(name, "train", "examples")
+    for conversation in (task[i] for i in range(4)):
         said = [m for m in conversation["messages"] if m["role"] != "system"][:2]
         ids, _ = tokenizer.render_conversation({"messages": said})
         start = ids.index(tokenizer.encode_special("<|assistant_start|>"))
