@@ -7,9 +7,9 @@ every exit learns.
         --teacher ~/.cache/nanochat/chatsft_checkpoints/d32
     python -m scripts.chat_sft --checkpoint ... --data "0.5*examples:GSM8K+SpellingBee,0.5*my_chats.jsonl"
 
-Only what the assistant says is learnt. At every evaluation it prints ChatCORE per mode, and keeps the best model so far in
-chatsft_checkpoints/<name>_best; the last one is written to chatsft_checkpoints/<name>, name being the source's folder. All
-flags of fractal_train that are not named here are taken too, with its meaning.
+Only what the assistant says is learnt. At every evaluation it prints ChatCORE per mode, and keeps the model of the fewest
+held-out bits per byte so far in chatsft_checkpoints/<name>_best; the last one is written to chatsft_checkpoints/<name>, name
+being the source's folder. All flags of fractal_train that are not named here are taken too, with its meaning.
 """
 import argparse
 from pathlib import Path
@@ -30,24 +30,25 @@ EXAMPLES = "examples:ARC-Easy+ARC-Challenge+MMLU+GSM8K+SmolTalk"
 
 class Watch:
     """
-    ChatCORE per mode of a model in training, and the best model so far, kept in `folder`: the one of the highest ChatCORE,
-    averaged over modes, of equal ones the one of the fewest bits per byte. most: problems of each multiple choice and of
-    each generative task, for which a model is needed that is neither sharded nor compiled (without it these are left out).
+    ChatCORE per mode of a model in training, and the best model so far, kept in `folder`: the one of the fewest bits per
+    byte of held-out text, averaged over modes. ChatCORE does not choose, since its problems are those of chat_eval. most:
+    problems of each multiple choice and of each generative task, for which a model is needed that is neither sharded nor
+    compiled (without it these are left out).
     """
     def __init__(self, folder: Path, tasks: list, most: tuple[int, int], batch_size: int, info: dict):
         self.folder, self.tasks, self.most, self.batch_size, self.info = folder, tasks, most, batch_size, info
         self.best = None
         if (folder / "config.json").is_file():
-            self.best = tuple(ckpt.load_json(folder / "config.json").get("best", ())) or None
+            self.best = ckpt.load_json(folder / "config.json").get("best_bpb")
 
     def __call__(self, model, tokenizer, bpb: dict[str, float]) -> dict[str, float]:
         cores = {mode: self.core(model, tokenizer, mode) for mode in bpb} if self.tasks else {}
         if cores:
             print0("  ChatCORE " + ", ".join(f"{mode} {core:.4f}" for mode, core in cores.items()))
-        key = (sum(cores.values()) / max(1, len(cores)), -sum(bpb.values()) / len(bpb))
-        if self.best is None or key > self.best:
-            self.best = key
-            ckpt.save_export(self.folder, model, tokenizer, self.info | {"best": list(key)})
+        mean = sum(bpb.values()) / len(bpb)
+        if self.best is None or mean < self.best:
+            self.best = mean
+            ckpt.save_export(self.folder, model, tokenizer, self.info | {"best_bpb": mean})
         return {f"ChatCORE_{mode}": core for mode, core in cores.items()}
 
     def core(self, model, tokenizer, mode: str) -> float:
@@ -80,8 +81,7 @@ def parse_args(argv) -> tuple[argparse.Namespace, list[str]]:
                    help="what pretraining's learning rates are multiplied by; they fall to 0 (default: 0.02)")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations (default: 100)")
     p.add_argument("--chatcore-max-cat", type=int, default=256,
-                   help="problems of each multiple-choice task at an evaluation (default: 256); where no task is judged the "
-                        "best model is the one of fewest bits per byte)")
+                   help="problems of each multiple-choice task at an evaluation (default: 256)")
     p.add_argument("--chatcore-max-sample", type=int, default=24,
                    help="problems of each generative task; only where one process trains without --compile (default: 24)")
     p.add_argument("--tasks", default="|".join(BENCHMARKS), help="the tasks of ChatCORE, separated by | (default: all)")

@@ -57,8 +57,9 @@ def letter_ids(tokenizer, conversation: dict) -> list[int]:
 @torch.no_grad()
 def choose_in_passes(model, tokenizer, task: Task, count: int, batch_size: int, widths=None) -> float:
     """
-    The share of right answers to a categorical task's first `count` problems, by forward passes such as a model in training
-    can make them, sharded over ranks or not: all ranks call and get the same. A question too long for the model is wrong.
+    The share of right answers to a categorical task's first `count` problems, by plain forward passes, as a model in
+    training can make them, sharded over ranks or not: all ranks call and get the same. A question too long for the model
+    is wrong.
     """
     rank, world = get_rank()
     problems = [task[i] for i in range(count)]
