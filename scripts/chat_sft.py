@@ -31,8 +31,9 @@ EXAMPLES = "examples:ARC-Easy+ARC-Challenge+MMLU+GSM8K+SmolTalk"
 class Watch:
     """
     ChatCORE per mode of a model in training, and the best model so far, kept in `folder`: the one of the fewest bits per
-    byte of held-out text, averaged over modes. ChatCORE does not choose, since its problems are those of chat_eval. most: problems of each multiple choice and of
-    each generative task, for which a model is needed that is neither sharded nor compiled (without it these are left out).
+    byte of held-out text, averaged over modes. ChatCORE does not choose, since its problems are those of chat_eval. most:
+    problems of each multiple choice and of each generative task, for which a model is needed that is neither sharded nor
+    compiled (without it these are left out).
     """
     def __init__(self, folder: Path, tasks: list, most: tuple[int, int], batch_size: int, info: dict):
         self.folder, self.tasks, self.most, self.batch_size, self.info = folder, tasks, most, batch_size, info
