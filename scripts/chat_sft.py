@@ -115,10 +115,10 @@ def main(argv=None) -> dict:
     data = args.data or (HUB_DATA if device == "cuda" else EXAMPLES)
     total = args.total_batch_size or ROWS * config.sequence_len
     timed = any(flag.startswith("--target-hours") for flag in rest)
-    steps = args.num_iterations or (None if timed else STEPS)
+    steps = STEPS if args.num_iterations is None and not timed else args.num_iterations
     training, given = fractal_train.parse_args([
         "--checkpoint", str(path), "--unfreeze", "--matryoshka", "--sample-dim", "--data", data,
-        *(["--num-iterations", str(steps)] if steps else []), "--total-batch-size", str(total),
+        *(["--num-iterations", str(steps)] if steps is not None else []), "--total-batch-size", str(total),
         "--lr-scale", str(args.init_lr_frac), "--warmdown-ratio", "1", "--eval-every", str(args.eval_every),
         "--tag", f"{info.get('tag', name)}_sft", "--device-type", device, *rest])
     compiled = device == "cuda" if training.compile is None else training.compile
