@@ -52,32 +52,25 @@ def held(tmp_path):
         process.join(20)
 
 
-def rush(folder: Path, times: int) -> None:
-    """Owns a folder again and again; leaves a file `twice` if another process does at the same time."""
+def test_a_lock_file_that_its_owner_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """Whoever opened it just before would else hold a file that nobody else sees."""
+    opened, real = [], os.open
+
+    def slowly(path, *how):
+        fd = real(path, *how)
+        if not opened:
+            os.unlink(path)
+        opened.append(path)
+        return fd
+    monkeypatch.setattr(owner.os, "open", slowly)
+
     @owner.gives_back
-    def once():
-        owner.own(folder)
-        try:
-            fd = os.open(folder.parent / "alone", os.O_CREAT | os.O_EXCL)
-        except FileExistsError:
-            (folder.parent / "twice").touch()
-            return
-        os.close(fd)
-        os.unlink(folder.parent / "alone")
-    done = 0
-    while done < times:
-        try:
-            once()
-            done += 1
-        except BlockingIOError:
-            pass
-
-
-def test_of_many_processes_one_owns_the_folder(tmp_path):
-    """The file is removed at each end, so that many open one that its owner is about to remove."""
-    processes = [p for i in range(3) for p in ranks.start(1, rush, tmp_path / "f", 80, out=tmp_path / f"log{i}")]
-    assert ranks.finish(processes, 60) == [0] * 3, (tmp_path / "log0" / "0.log").read_text()
-    assert not (tmp_path / "twice").exists() and not list(tmp_path.glob(".f*"))
+    def work():
+        owner.own(tmp_path / "f")
+        with pytest.raises(BlockingIOError):
+            owner._take(tmp_path / "f")
+    work()
+    assert len(opened) == 3 and not list(tmp_path.iterdir())
 
 
 def test_a_second_surgery_is_refused_before_its_work_and_the_first_one_completes(home, cwd, capsys, held):  # noqa: F811
