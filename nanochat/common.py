@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -51,7 +52,29 @@ def get_rank() -> tuple[int, int]:
 def print0(*args, **kwargs) -> None:
     """print on rank 0 only, flushed, so that a log file is readable while the program runs."""
     if get_rank()[0] == 0:
-        print(*args, **kwargs, flush=True)
+        with terminal_may_close():
+            print(*args, **kwargs, flush=True)
+
+
+@contextlib.contextmanager
+def terminal_may_close():
+    """For what prints: where the terminal was closed meanwhile, the text is lost and the program goes on."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno != errno.EIO:
+            raise
+        drop_terminal()
+
+
+def drop_terminal() -> None:
+    """Standard output and errors go nowhere from now on, except into a file: writing to a closed terminal is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for fd in (1, 2):
+        with contextlib.suppress(OSError):
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.dup2(nowhere, fd)
+    os.close(nowhere)
 
 
 class Progress:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, find_device_type, get_base_dir, get_rank, print0
-from nanochat.distributed import first_alone
+from nanochat.distributed import everyone, first_alone
 from nanochat.engine import Compute, Engine
 from nanochat.mixture import DEFAULT_CHATS, MULTIPLE_CHOICE, TOOL_USE
 from nanochat.owner import gives_back, own
@@ -32,8 +32,9 @@ EXAMPLES = "examples:ARC-Easy+ARC-Challenge+MMLU+GSM8K+SmolTalk"
 class Watch:
     """
     ChatCORE per mode of a model in training, and the best model so far, kept in `folder`: the one of the fewest bits per
-    byte of held-out text, averaged over modes. ChatCORE does not choose, since its problems are those of chat_eval. most: problems of each multiple choice and of
-    each generative task, for which a model is needed that is neither sharded nor compiled (without it these are left out).
+    byte of held-out text, averaged over modes. ChatCORE does not choose, since its problems are those of chat_eval. most:
+    problems of each multiple choice and of each generative task, for which a model is needed that is neither sharded nor
+    compiled (without it these are left out).
     """
     def __init__(self, folder: Path, tasks: list, most: tuple[int, int], batch_size: int, info: dict):
         self.folder, self.tasks, self.most, self.batch_size, self.info = folder, tasks, most, batch_size, info
@@ -47,9 +48,21 @@ class Watch:
             print0("  ChatCORE " + ", ".join(f"{mode} {core:.4f}" for mode, core in cores.items()))
         mean = sum(bpb.values()) / len(bpb)
         if self.best is None or mean < self.best:
-            self.best = mean
-            ckpt.save_export(self.folder, model, tokenizer, self.info | {"best_bpb": mean})
+            self.keep(model, tokenizer, mean)
         return {f"ChatCORE_{mode}": core for mode, core in cores.items()}
+
+    def keep(self, model, tokenizer, mean: float) -> None:
+        """Writes the best model so far. That it cannot be written (a full disk) is said and ends no training."""
+        fault = None
+        try:
+            ckpt.save_export(self.folder, model, tokenizer, self.info | {"best_bpb": mean})
+        except OSError as e:
+            fault = e.strerror or str(e)
+        faults = [f for f in everyone(fault) if f]
+        if faults:
+            print0(f"warning: {faults[0]}; training goes on, and {self.folder} keeps the best model before")
+        else:
+            self.best = mean
 
     def core(self, model, tokenizer, mode: str) -> float:
         scores = {}
