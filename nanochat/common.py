@@ -58,13 +58,14 @@ def print0(*args, **kwargs) -> None:
 
 @contextlib.contextmanager
 def terminal_may_close():
-    """For what prints: where the terminal was closed meanwhile, the text is lost and the program goes on."""
+    """For what prints: where the terminal was closed or a log has no room left, the text is lost and the program goes on."""
     try:
         yield
     except OSError as e:
-        if e.errno != errno.EIO:
+        if e.errno == errno.EIO:
+            drop_terminal()
+        elif not is_full(e):
             raise
-        drop_terminal()
 
 
 def drop_terminal() -> None:
