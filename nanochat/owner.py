@@ -28,7 +28,7 @@ else:
 
 LOCK = ".owner"  # the end of a lock file's name, or the whole of it
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
-_held: dict[Path, tuple[Path, int]] = {}  # folder -> its lock file and that one's descriptor
+_held: dict[Path, tuple[Path, int, list[Path]]] = {}  # folder -> its lock file, its descriptor, folders made for it
 
 
 def own(folder: str | os.PathLike) -> Path:
@@ -69,8 +69,9 @@ def lock_of(folder: Path) -> Path:
     return folder / LOCK if inside else beside
 
 
-def _take(folder: Path) -> tuple[Path, int]:
+def _take(folder: Path) -> tuple[Path, int, list[Path]]:
     path = lock_of(folder)
+    made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -82,7 +83,7 @@ def _take(folder: Path) -> tuple[Path, int]:
                 if os.path.samestat(os.fstat(fd), os.stat(path)):  # else its owner has removed it since it was opened
                     _check_words(folder, path, _read(fd), locks)
                     _write(fd)
-                    return path, fd
+                    return path, fd, made
         except BaseException:
             os.close(fd)
             raise
@@ -181,8 +182,11 @@ def _refusal(folder: Path, words: dict, path: Path, unsure: bool = False) -> Blo
     return BlockingIOError(errno.EWOULDBLOCK, f"{folder} is being written by {_describe(words)}: {remedy}")
 
 
-def _release(path: Path, fd: int) -> None:
-    """Removes the file while the lock is held: who opened it meanwhile sees that it is another's no more."""
+def _release(path: Path, fd: int, made: list[Path]) -> None:
+    """
+    Removes the file while the lock is held: who opened it meanwhile sees that it is another's no more. Folders that were
+    made for it go too if nothing else has come into them.
+    """
     with contextlib.suppress(OSError):
         if not WINDOWS:
             os.unlink(path)
@@ -190,3 +194,6 @@ def _release(path: Path, fd: int) -> None:
     if WINDOWS:
         with contextlib.suppress(OSError):
             os.unlink(path)
+    with contextlib.suppress(OSError):
+        for parent in made:
+            parent.rmdir()

@@ -282,7 +282,6 @@ class Run:
         self.start, self.meta, self.loader = 0, None, None  # loader: the data position of every rank
         step_checkpoint.check_shared(self.folder)
         if get_rank()[0] == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)  # where a link may point that has no folder yet
             step_checkpoint.remove_leftovers(self.folder, everything=args.fresh)
             ckpt.remove_leftovers(self.folder, everything=args.fresh)
             if args.fresh:
