@@ -8,6 +8,7 @@ import signal
 import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
 import ranks
@@ -18,7 +19,7 @@ from test_distributed import flags, losses, same_files
 from test_scripts import fails
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat import step_checkpoint, stop
+from nanochat import distributed, step_checkpoint, stop
 from nanochat.elastic_step import ElasticStep
 from nanochat.monitor import Monitor
 from nanochat.owner import gives_back
@@ -137,6 +138,24 @@ def test_a_closed_terminal_is_ignored_under_nohup(home, cwd, whole, folder, step
     finally:
         signal.signal(signal.SIGHUP, before)
     same_files(folder, whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end of a process
+
+def leaves_nothing_running(argv, out):
+    fractal_train.main(argv)
+    distributed._free_groups()  # what the interpreter's end calls
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    (out / os.environ["RANK"]).write_text(" ".join(n for n in names if "gloo" in n))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_thread_of_gloos_outlives_a_run(home, cwd, tmp_path):
+    """One that did made torchrun end with 1 after a run that had done all its work."""
+    ranks.together(2, leaves_nothing_running, [*flags(home, cwd, 2), "--num-iterations", "1"], tmp_path, out=tmp_path / "log")
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["", ""]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
