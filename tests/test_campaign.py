@@ -31,11 +31,12 @@ def test_one_bit_makes_another_content(tmp_path):
 
 
 def made_up(tmp_path, monkeypatch, resumed: int, rows: list[str]):
-    """A trial of two attempts: the first made steps 0 to 5, the second went on after step `resumed` to the end, by `rows`."""
+    """A trial of two attempts: the first made steps 0 to 5, the second went on after step `resumed`, by `rows`."""
     trial = campaign.Trial.__new__(campaign.Trial)
     trial.logs = tmp_path
     monkeypatch.setattr(campaign, "STEPS", resumed + len(rows))
-    for name, text, lines in (("1", "", [f"a{i} b{i}" for i in range(6)]), ("2", f"resuming x after step {resumed}\n", rows)):
+    first = [f"a{i} b{i}" for i in range(6)]
+    for name, text, lines in (("1", "", first), ("2", f"resuming x after step {resumed}\n", rows)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.log").write_text(text)
         (tmp_path / name / "rows.0").write_text("\n".join(lines) + "\n")
