@@ -1,7 +1,8 @@
 """
 The base GPT, in the architecture of nanochat-d32: rotary positions, QK-norm, relu^2 MLP, untied head, a norm without
-parameters also after the embedding, logits softly capped at 15. Its blocks are the elastic ones of matryoshka.py, so
-it runs at any nested width, and the hybrid (hybrid_gpt.py) is this class with Mamba blocks put between.
+parameters also after the embedding, logits softly capped at 15. What later nanochats compute differently are fields of the
+config, each with d32's value as its default. Its blocks are the elastic ones of matryoshka.py, so it runs at any nested
+width, and the hybrid (hybrid_gpt.py) is this class with Mamba blocks put between.
 """
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,22 +16,36 @@ from nanochat.matryoshka import AttentionBlock, Cost, block_cost, mode_levels, n
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The fields of nanochat's `model_config`; all else is a constant of this architecture or derived."""
+    """
+    The fields of nanochat's `model_config`, then what later nanochats changed (docs/checkpoints.md), with d32's values as
+    defaults. Layers are the base's, whatever stands between them.
+    qk_scale: q and k are multiplied by it after QK-norm. windows: per layer, how many keys before its own a token sees (0:
+    all); () for all layers whole. x0_lambdas: per layer, how much of the token's first state is added to its state before
+    the layer. smear_gate and smear_lambda: the first state gets smear_lambda * sigmoid(smear_gate . x[:24]) times that of
+    the token before. backout_lambda: how much of the state in the middle is taken away before the head. value_embeds: the
+    base has value embeddings (a hybrid always has; then they are old, and stage 1 of training keeps them).
+    """
     sequence_len: int = 2048
     vocab_size: int = 65536
     n_layer: int = 32
     n_head: int = 16
     n_kv_head: int = 16
     n_embd: int = 2048
+    rope_base: float = 10000.0
+    softcap: float = 15.0
+    qk_scale: float = 1.0
+    windows: tuple[int, ...] = ()
+    x0_lambdas: tuple[float, ...] = ()
+    smear_gate: tuple[float, ...] = ()
+    smear_lambda: float = 0.0
+    backout_lambda: float = 0.0
+    value_embeds: bool = False
 
-    # Not fields: what every nanochat-d32 vintage model has. Changing one changes the function of old checkpoints.
-    rope_base = 10000.0
-    softcap = 15.0
-    norm_eps = 2.0 ** -23  # that of torch's rms_norm in fp32
+    norm_eps = 2.0 ** -23  # not a field: that of torch's rms_norm in fp32, the same in every nanochat
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if isinstance(value, int) and value < 1:
+            if type(value) is int and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"width {self.n_embd} is no multiple of the {self.n_head} heads: "
@@ -39,6 +54,44 @@ class GPTConfig:
             raise ValueError(f"head dim {self.head_dim} is odd, and rotary positions need pairs: choose an even one")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_head} heads cannot share {self.n_kv_head} key/value heads evenly")
+        self._check_later()
+
+    def _check_later(self):
+        """ValueError for values of the later nanochats' fields that no model can have."""
+        for name in ("rope_base", "softcap", "qk_scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("windows", "x0_lambdas"):
+            if len(getattr(self, name)) not in (0, self.n_layer):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries; it must have one for each of the "
+                                 f"{self.n_layer} layers, or none")
+        if min(self.windows, default=0) < 0:
+            raise ValueError(f"a window is {min(self.windows)}; it must be at least 0 (0: all keys)")
+        if len(self.smear_gate) > self.n_embd:
+            raise ValueError(f"smear_gate has {len(self.smear_gate)} entries, more than the width {self.n_embd}")
+
+    @property
+    def later_features(self) -> list[str]:
+        """What this model has that nanochat-d32 has not and that only the PyTorch forms of the layers compute, in words."""
+        has = {"a factor on q and k": self.qk_scale != 1, "attention windows": any(self.windows),
+               "x0 lambdas": any(self.x0_lambdas), "smear": bool(self.smear_gate), "backout": self.backout_lambda != 0}
+        return [name for name, present in has.items() if present]
+
+    def window_of(self, layer: int) -> int | None:
+        """How many keys before its own a token of this layer sees; None where that is all there can be."""
+        window = self.windows[layer] if self.windows else 0
+        return window if 0 < window < self.sequence_len - 1 else None
+
+    def has_value_table(self, layer: int) -> bool:
+        """Whether a model with value embeddings has some in this layer: in every second, and in the last."""
+        return (self.n_layer - 1 - layer) % 2 == 0
+
+    @property
+    def backout_block(self) -> int:
+        """After how many blocks the state is kept that backout takes away; beyond the last block where there is none."""
+        if not self.backout_lambda:
+            return self.n_block + 1
+        return self.n_block // self.n_layer * min(self.n_layer // 2 + 1, self.n_layer)
 
     @property
     def head_dim(self) -> int:
