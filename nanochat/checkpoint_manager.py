@@ -389,7 +389,8 @@ def _step_of(folder: Path) -> int | None:
         with contextlib.suppress(ValueError):
             export = "kind" in load_json(folder / "config.json")
         if export and (folder / "model.pt").is_file():
-            raise ValueError(f"{folder} holds two models, model.pt and {weights_file(folder, steps[-1]).name}: name the file")
+            raise ValueError(f"{folder} holds two models, model.pt and {weights_file(folder, steps[-1]).name}: name the "
+                             "file")
         return steps[-1]
     if not export and not steps:
         raise FileNotFoundError(f"there is no model in {folder}: run `python -m scripts.surgery` or "
@@ -403,8 +404,8 @@ def refuse_two_models(folder: Path, steps: list[int]) -> None:
     """ValueError where the newest steps of a folder are not of one model: their meta files tell of other shapes."""
     old, new = (load_json(folder / f"meta_{step:06d}.json").get("model_config") for step in steps[-2:])
     if old != new:
-        raise ValueError(f"{folder} holds two models (steps {steps[-2]} and {steps[-1]} differ in their model_config): say which "
-                         f"with --step, or name the file, such as {weights_file(folder, steps[-1])}")
+        raise ValueError(f"{folder} holds two models (steps {steps[-2]} and {steps[-1]} differ in their model_config): say "
+                         f"which with --step, or name the file, such as {weights_file(folder, steps[-1])}")
 
 
 # What nanochat calls a model's source, and ours: the folder under NANOCHAT_BASE_DIR that holds it.
@@ -501,29 +502,6 @@ def replace_folder(folder: Path):
             raise OSError(e.errno, f"no room left to write {folder}; what was there before is untouched: "
                                    "free some disk space and run the same command again") from e
         raise
-
-
-def download(repo: str, folder: Path) -> None:
-    """
-    Fetches a nanochat checkpoint's files from the hub into `folder`, or what is missing of them. ConnectionError without
-    network, ValueError for a repository that is not there.
-    """
-    import huggingface_hub
-    from huggingface_hub.errors import RepositoryNotFoundError
-    try:
-        huggingface_hub.snapshot_download(repo, local_dir=folder, allow_patterns=[
-            "model_*.pt", "meta_*.json", "tokenizer.pkl", "tokenizer.json", "token_bytes.pt", "tokenizer/*"])
-    except RepositoryNotFoundError as e:
-        raise ValueError(f"{repo} is not on the hub, or you may not read it (`hf auth login`): check the name") from e
-    except Exception as e:  # the hub's client lets several libraries' exceptions through
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(e.errno, f"no room left to download {repo} into {folder}: free some disk space and run the same "
-                                   "command again") from e
-        raise ConnectionError(f"{repo} could not be fetched ({first_line(e)}): check the network and run the same command "
-                              f"again (what came is kept), or put its files into {folder} yourself") from e
-    if not list_steps(folder):  # without network the client is content with whatever the folder holds
-        raise ConnectionError(f"{repo} could not be fetched whole into {folder}: check the network and run the same command "
-                              "again, or put its files there yourself")
 
 
 def load_tokenizer(folder: Path, config: GPTConfig) -> "Tokenizer":

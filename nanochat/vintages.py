@@ -69,9 +69,9 @@ def padded(n: int) -> int:
 
 def tell(names, fields: dict, gate_channels: int | None, where, named: str | None = None) -> Vintage:
     """
-    The vintage of weights of these names (without wrappers' prefixes), with a meta file of these fields, whose gates of value
-    embeddings read so many channels (None: there are none); or the one that `--vintage` named, if that can be. ValueError for
-    a vintage that is not known, or that the file contradicts.
+    The vintage of weights of these names (without wrappers' prefixes), with a meta file of these fields, whose gates of
+    value embeddings read so many channels (None: there are none); or the one that `--vintage` named, if that can be.
+    ValueError for a vintage that is not known, or that the file contradicts.
     """
     for pattern, feature in REFUSED:
         if found := [n for n in names if re.search(pattern, n)]:
@@ -209,8 +209,8 @@ class _Conversion:
             later |= self._smear_and_backout()
         config = GPTConfig(**{**{f: getattr(c, f) for f in c.__dataclass_fields__}, **later})
         if self.vintage.channels and self.vintage.gate != OUR_GATE:
-            self.notes.append(f"value embeddings are multiplied by {self.vintage.gate / OUR_GATE:g}, their gates padded with "
-                              "zeros")
+            self.notes.append(f"value embeddings are multiplied by {self.vintage.gate / OUR_GATE:g}, their gates padded "
+                              "with zeros")
         if carried := config.later_features:
             self.notes.append(f"computed as that nanochat does: {', '.join(carried)}")
         specs = {k: torch.empty(self._shape(k), dtype=v.dtype, device="meta") for k, v in self.weights.specs.items()
