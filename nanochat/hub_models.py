@@ -56,9 +56,9 @@ def model_files(names: list[str], step: int | None, inside: str, repo: str) -> t
 def fetch_model(repo: str, folder: Path, step: int | None = None) -> Path:
     """
     Fetches one checkpoint of `repo` (OWNER/NAME, or OWNER/NAME/FOLDER of a repository with several) into `folder`, or what
-    is missing of it, and returns the folder that holds it. Without network what is there serves. ConnectionError where that is
-    nothing; ValueError for a repository that is not there or holds no checkpoint, and for a file that is there and differs;
-    OSError where the disk has no room.
+    is missing of it, and returns the folder that holds it. Without network what is there serves. ConnectionError where that
+    is nothing; ValueError for a repository that is not there or holds no checkpoint, and for a file that is there and
+    differs; OSError where the disk has no room.
     """
     import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError

@@ -309,9 +309,6 @@ def test_files_written_lazily_are_torch_files(hybrid, tmp_path):
 
 def test_states_that_cannot_be_read_are_named(hybrid, tmp_path):
     state = dict(hybrid.state_dict())
-    torch.save({**state, "lm_head.weight": state["lm_head.weight"].T.contiguous().T}, tmp_path / "m.pt")
-    with pytest.raises(ValueError, match=r"holds lm_head\.weight as a view"):
-        open_state(tmp_path / "m.pt", hybrid.config)
     torch.save(state, tmp_path / "m.pt")
     whole = open_state(tmp_path / "m.pt", hybrid.config)
     os.truncate(tmp_path / "m.pt", 300_000)  # after it was opened
