@@ -8,11 +8,8 @@ import pytest
 import torch
 from test_confidence_probe import (
     test_a_hard_mask_is_the_slice,
-    test_a_prompt_goes_as_deep_as_what_follows_it_and_no_deeper,
     test_a_prompt_that_waits_survives_what_happens_to_a_cache,
-    test_decoding_equals_the_parallel_form_with_the_same_decisions,
     test_deferred_memory_survives_what_happens_to_a_cache,
-    test_rows_are_independent,
     test_the_cost_of_many_tokens_is_that_of_each,
 )
 from test_elastic import (
@@ -24,14 +21,6 @@ from test_elastic import (
     test_row_widths_equal_separate_rows,
     test_rows_come_and_go,
 )
-from test_engine import (
-    test_a_full_context_slides_on_request,
-    test_a_row_draws_the_same_whatever_is_beside_it,
-    test_base_models_generate_too,
-    test_depth_equals_the_parallel_form,
-    test_greedy_decode_equals_recomputation,
-    test_ragged_batch_equals_single_rows_token_for_token,
-)
 from test_hybrid import (
     test_all_that_insertion_added_learns_from_the_start,
     test_cached_decode_equals_the_parallel_form,
@@ -41,11 +30,7 @@ from test_hybrid import (
     test_insertion_keeps_the_function,
 )
 from test_speculative import (
-    test_base_models_and_bf16_draft_too,
-    test_every_draft_gives_the_tokens_of_plain_greedy_decoding,
     test_finishing_exited_tokens_is_never_having_exited,
-    test_rounds_that_keep_all_some_or_nothing,
-    test_the_contexts_end_and_the_answers_end_inside_a_draft,
     test_what_a_dropped_draft_owed_is_forgotten,
 )
 from test_surgery import (
@@ -53,8 +38,6 @@ from test_surgery import (
     model,
     test_a_chain_of_growths_is_exact,
     test_a_streamed_model_is_the_model,
-    test_every_new_entry_learns_and_old_gradients_are_as_before,
-    test_growth_is_exact_at_every_width,
     test_growth_is_exact_with_shared_kv_heads_and_without_value_embeddings,
 )
 
