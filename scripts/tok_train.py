@@ -13,6 +13,7 @@ import tiktoken.load
 from nanochat.common import cli, get_base_dir, print0
 from nanochat.dataset import DEFAULT_HUB, add_skip_arg, prepare
 from nanochat.hub import DEFAULT_SHARDS
+from nanochat.owner import gives_back, own
 from nanochat.shards import EMBEDDED, iter_texts
 from nanochat.tokenizer import Tokenizer, check_vocab_size, cut_spaces
 
@@ -33,13 +34,13 @@ def parse_args(argv) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def gpt2_if_cached() -> tiktoken.Encoding | None:
-    """GPT-2's encoding where tiktoken has its files in the cache; never over the network."""
+def cached_encoding(name: str) -> tiktoken.Encoding | None:
+    """An encoding of OpenAI's where tiktoken has its files in the cache; never over the network."""
     def refuse(path: str) -> bytes:
         raise OSError(f"{path} is not cached")
     read_file, tiktoken.load.read_file = tiktoken.load.read_file, refuse
     try:
-        return tiktoken.get_encoding("gpt2")
+        return tiktoken.get_encoding(name)
     except OSError:
         return None
     finally:
@@ -47,12 +48,13 @@ def gpt2_if_cached() -> tiktoken.Encoding | None:
 
 
 @cli
+@gives_back
 def main(argv=None) -> None:
     args = parse_args(argv)
     check_vocab_size(args.vocab_size)
     if args.max_chars < 1:
         raise ValueError(f"--max-chars {args.max_chars} leaves no text: give at least 1")
-    out = args.out or get_base_dir() / "tokenizer"
+    out = own(args.out or get_base_dir() / "tokenizer")
     folder = prepare(args.data, num_shards=args.num_shards, skip_bad_rows=args.skip_bad_rows)
     start = time.perf_counter()
     tokenizer = Tokenizer.train_from_iterator(iter_texts(folder, "train", args.max_chars), args.vocab_size)
@@ -71,7 +73,7 @@ def main(argv=None) -> None:
         raise ValueError(f"the tokenizer is written, but cannot be judged: the validation shard of {folder} holds no text; "
                          "give more or longer documents")
     line = f"validation: {nbytes:,} bytes in {tokens:,} tokens = {nbytes / tokens:.3f} bytes per token"
-    gpt2 = gpt2_if_cached()
+    gpt2 = cached_encoding("gpt2")
     if gpt2 is not None:
         pieces = [piece for text in texts for piece in cut_spaces(text)]
         line += f" (GPT-2's 50,257 ids: {nbytes / sum(map(len, gpt2.encode_ordinary_batch(pieces))):.3f})"
