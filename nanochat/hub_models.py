@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from nanochat.checkpoint_manager import STEP_FILES, list_steps
-from nanochat.common import existing_folder, print0
+from nanochat.common import existing_folder, is_full, print0
 from nanochat.weight_files import first_line, some
 
 TOKENIZER_FILES = {"tokenizer.pkl", "tokenizer.json", "tokenizer_config.json", "token_bytes.pt", "chat_template.jinja"}
@@ -103,7 +103,7 @@ def _fetch(repo: str, revision: str, names: list[str], folder: Path, size: int) 
     try:
         huggingface_hub.snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=names)
     except Exception as e:
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(e):
             raise OSError(e.errno, f"no room left to download {repo} into {folder}: free some disk space and run the same "
                                    "command again") from e
         raise _unreachable(repo, folder, e) from e
