@@ -153,7 +153,8 @@ def leaves_nothing_running(argv, out):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_no_thread_of_gloos_outlives_a_run(home, cwd, tmp_path):
     """One that did made torchrun end with 1 after a run that had done all its work."""
-    ranks.together(2, leaves_nothing_running, [*flags(home, cwd, 2), "--num-iterations", "1"], tmp_path, out=tmp_path / "log")
+    argv = [*flags(home, cwd, 2), "--num-iterations", "1"]
+    ranks.together(2, leaves_nothing_running, argv, tmp_path, out=tmp_path / "log")
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["", ""]
 
 
