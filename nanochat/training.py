@@ -31,6 +31,7 @@ from nanochat.distributed import (
 )
 from nanochat.monitor import Monitor, peak_flops, timer
 from nanochat.optim import MATRIX_LR, OPTIMIZERS
+from nanochat.owner import own
 from nanochat.shards import EMBEDDED
 from nanochat.step_parts import GPU_TOKENS, set_rates, shares
 from nanochat.stop import SIGNALS, Stop
@@ -107,16 +108,18 @@ def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -
 
 def derive_batch(args, sequence_len: int, folder: Path, fit) -> tuple[torch.device, torch.dtype, int]:
     """
-    Checks the numeric flags, joins the other processes if torchrun started several, fills in what `args` leave open (the
-    batch, gradient checkpointing, compilation, the optimizer and its rate; the batch and the optimizer as the run in
-    `folder` has them, where one is to be resumed), prints each derivation, and returns (device, compute dtype, gradient
-    accumulation passes per step). fit(total batch, given, gpu) finds what GPUs can hold: see derive_for_gpus.
+    Checks the numeric flags, joins the other processes if torchrun started several, makes this run the one that writes into
+    `folder`, fills in what `args` leave open (the batch, gradient checkpointing, compilation, the optimizer and its rate;
+    the batch and the optimizer as the run in `folder` has them, where one is to be resumed), prints each derivation, and
+    returns (device, compute dtype, gradient accumulation passes per step). fit(total batch, given, gpu) finds what GPUs can
+    hold: see derive_for_gpus. BlockingIOError where another process writes into `folder`.
     """
     _check_numbers(args)
     kind = find_device_type(args.device_type)
     asked = args.total_batch_size > 0
-    resumed = not args.fresh and step_checkpoint.settle(args, folder)
     device, dtype, world = init_processes(kind), get_compute_dtype(kind), get_rank()[1]
+    own(folder)
+    resumed = not args.fresh and step_checkpoint.settle(args, folder)
     if kind == "cuda":
         derive_for_gpus(args, smallest_gpu(), fit)
     else:
@@ -273,7 +276,7 @@ class Run:
     every checkpoint; a resume with others is refused.
     """
     def __init__(self, folder: Path, args, extra_settings: dict):
-        self.folder, self.args = Path(folder), args
+        self.folder, self.args = own(folder), args
         settings = {k: v for k, v in vars(args).items() if k not in WATCHING | SPLIT} | extra_settings
         self.settings = json.loads(json.dumps(settings))
         self.start, self.meta, self.loader = 0, None, None  # loader: the data position of every rank

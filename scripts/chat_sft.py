@@ -19,6 +19,7 @@ from nanochat.common import cli, find_device_type, get_base_dir, get_rank, print
 from nanochat.distributed import everyone, first_alone
 from nanochat.engine import Compute, Engine
 from nanochat.mixture import DEFAULT_CHATS, MULTIPLE_CHOICE, TOOL_USE
+from nanochat.owner import gives_back, own
 from nanochat.tasks import BENCHMARKS, make
 from nanochat.tasks.evaluate import Judge, Sampling, chat_core, choose_in_passes
 from scripts import fractal_train
@@ -115,6 +116,7 @@ def judged_tasks(args, generative: bool) -> list:
 
 
 @cli
+@gives_back
 def main(argv=None) -> dict:
     args, rest = parse_args(argv)
     path = ckpt.chosen_model(args)
@@ -138,6 +140,7 @@ def main(argv=None) -> dict:
     tasks = first_alone(lambda: judged_tasks(args, generative))
     print0("ChatCORE while training: " + (", ".join(t.name for t in tasks) or "none"))
     best = folder.with_name(f"{name}_best")
+    own(folder), own(best)  # the first rank alone as yet; where it is refused, torchrun ends the others
     if training.fresh and get_rank()[0] == 0:
         ckpt.remove_leftovers(best, everything=True)
     watch = Watch(best, tasks, (args.chatcore_max_cat, args.chatcore_max_sample), training.device_batch_size, {

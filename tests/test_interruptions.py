@@ -22,6 +22,7 @@ from nanochat import checkpoint_manager as ckpt
 from nanochat import distributed, step_checkpoint, stop
 from nanochat.elastic_step import ElasticStep
 from nanochat.monitor import Monitor
+from nanochat.owner import gives_back
 from nanochat.streaming import Leaf, save_lazy
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Run
@@ -253,10 +254,14 @@ def test_a_best_model_that_cannot_be_written_ends_no_fine_tuning(hybrid, tmp_pat
 def test_growth_on_a_full_disk_is_one_line(tmp_path):
     """torch's own writer makes the holes, and hides what the system said."""
     tree = {f"a{i}": Leaf(torch.Size([100, 100]), torch.float32, lambda: torch.zeros(100, 100)) for i in range(3)}
+    @gives_back
+    def write():
+        with ckpt.replace_folder(tmp_path / "out") as new:
+            save_lazy(tree, new / "model.pt")
     try:
         limit_files(100_000)
-        with pytest.raises(OSError, match="no room left to write") as e, ckpt.replace_folder(tmp_path / "out") as new:
-            save_lazy(tree, new / "model.pt")
+        with pytest.raises(OSError, match="no room left to write") as e:
+            write()
     finally:
         limit_files(resource.RLIM_INFINITY)
     assert "free some disk space" in str(e.value) and not list(tmp_path.iterdir())
