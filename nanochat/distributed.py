@@ -290,6 +290,6 @@ def _free_groups() -> None:
     work is done. A mesh holds its group, and caches of DTensor's hold the mesh, whatever becomes of the model.
     """
     for mesh in _meshes:
-        mesh._pg_registry.clear()
+        getattr(mesh, "_pg_registry", {}).clear()  # torch's own, of the pinned version
     _clear_sharding_prop_cache()
     gc.collect()
