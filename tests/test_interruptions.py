@@ -5,8 +5,10 @@ import pty
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import termios
+import textwrap
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import test_distributed
 import torch
 from conftest import randomize
 from test_distributed import flags, losses, same_files
-from test_scripts import fails
+from test_scripts import ROOT, fails
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat import distributed, step_checkpoint, stop
@@ -79,6 +81,33 @@ def signalled_as_by_a_scheduler(argv):
 def test_a_signal_that_comes_twice_within_a_moment_is_one(home, cwd, tmp_path, folder):
     codes = ranks.finish(ranks.start(2, signalled_as_by_a_scheduler, flags(home, cwd, 2), out=tmp_path / "log"))
     assert codes == [128 + signal.SIGTERM] * 2 and step_checkpoint.steps(folder) == [2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_torchrun_and_its_processes_are_signalled(home, cwd, tmp_path, folder, number):
+    """The workers first, torchrun a moment later, which passes it on to them."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(f"""
+        import os, pathlib, sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import ranks, test_interruptions
+        ready = pathlib.Path({str(tmp_path)!r}) / f"ready_{{os.getpid()}}"
+        test_interruptions.at_step(3, lambda: (ready.touch(), time.sleep(2)))
+        ranks.fractal(sys.argv[1:])
+    """))
+    with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(program),
+                           *flags(home, cwd, 2)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}) as run:
+        while len(ready := list(tmp_path.glob("ready_*"))) < 2 and run.poll() is None:
+            time.sleep(0.02)
+        for path in ready:
+            os.kill(int(path.name.removeprefix("ready_")), number)
+        time.sleep(0.03)
+        run.send_signal(number)
+        said, _ = run.communicate(timeout=120)
+    assert step_checkpoint.steps(folder) == [2, 4], said[-3000:]
+    assert f"stopped by {number.name}: step 4 is saved" in said or number == signal.SIGHUP  # its output may go nowhere
 
 
 def test_repeats_end_the_program_only_after_the_grace_period(monkeypatch):
@@ -154,8 +183,8 @@ def leaves_nothing_running(argv, out):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_no_thread_of_gloos_outlives_a_run(home, cwd, tmp_path):
     """One that did made torchrun end with 1 after a run that had done all its work."""
-    ranks.together(2, leaves_nothing_running, [*flags(home, cwd, 2), "--num-iterations", "1"], tmp_path,
-                   out=tmp_path / "log")
+    argv = [*flags(home, cwd, 2), "--num-iterations", "1"]
+    ranks.together(2, leaves_nothing_running, argv, tmp_path, out=tmp_path / "log")
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["", ""]
 
 
