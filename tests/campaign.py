@@ -215,8 +215,8 @@ class Trial:
 
     def finish(self, started) -> tuple[list[int], str]:
         """
-        (exit codes, what the first rank printed). As torchrun does, it ends the others a while after one has failed. Wrong for
-        processes that hang.
+        (exit codes, what the first rank printed). As torchrun does, it ends the others a while after one has failed. Wrong
+        for processes that hang.
         """
         processes, log = started
         end, failed = time.monotonic() + SECONDS, False
