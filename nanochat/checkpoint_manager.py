@@ -232,9 +232,11 @@ def remove_leftovers(folder: Path, everything: bool = False) -> None:
     keep = set() if everything else set(list_steps(folder))
     for path in list(folder.glob("*")):
         step = re.fullmatch(r"(?:model|optim|meta)_(\d+)\.(?:pt|json)", path.name)
-        half = re.fullmatch(r"\.(?:model|optim|meta|config)[_\d]*\.(?:pt|json)\..*\.tmp", path.name)
+        half = re.fullmatch(r"\.(?:(?:model|optim|meta|config)[_\d]*\.(?:pt|json)|curves\.png)\..*\.tmp", path.name)
         if half or (step and int(step[1]) not in keep) or (everything and path.name in ("model.pt", "config.json")):
             path.unlink()
+    for path in folder.glob("tokenizer/.token*.tmp"):
+        path.unlink()
 
 
 def last_step(folder: Path) -> int:

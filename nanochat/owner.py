@@ -72,9 +72,12 @@ def lock_of(folder: Path) -> Path:
 def _take(folder: Path) -> tuple[Path, int, list[Path]]:
     path = lock_of(folder)
     made = [parent for parent in path.parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # who had made the folder has just taken it away
+            continue
         try:
             locks = _lock(fd)
             if locks is False:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -43,7 +44,7 @@ from scripts import fractal_train, surgery
 FAULTS = ("kill one", "kill all", "signals", "full disk", "damage", "clock", "twice")
 STEPS, ROWS, T = 9, 12, 32
 LOSS = 1e-3  # relative, of the last validation, between numbers of processes
-SECONDS = 300  # for one attempt; a longer one counts as hanging
+SECONDS = 1200  # for one attempt, also on a busy machine; a longer one counts as hanging
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def training_flags(home: Path, base: Path, world: int) -> list[str]:
             "768", "--eval-every", "3", "--save-every", "2", "--num-iterations", str(STEPS), "--log-every", "1"]
 
 
-def command(kind: str, home: Path, base: Path, world: int, rows: Path | None = None, jump: float = 0.0) -> None:
+def command(kind: str, home: Path, base: Path, world: int, rows: Path | None, jump: float, fresh: bool) -> None:
     """One rank of a command. rows: a file that gets the digest of every row read; jump: seconds that the clock jumps by."""
     if rows is not None:
         training.DataLoader = noting(rows.with_name(f"{rows.name}.{os.environ['RANK']}"))
@@ -76,7 +77,7 @@ def command(kind: str, home: Path, base: Path, world: int, rows: Path | None = N
     if kind == "surgery":
         surgery.main(["--expand-from=32", "--new-dim=48", "--tag", "t"])
     else:
-        fractal_train.main(training_flags(home, base, world) + ["--export"] * (kind == "export"))
+        fractal_train.main(training_flags(home, base, world) + ["--export"] * (kind == "export") + ["--fresh"] * fresh)
 
 
 def noting(path: Path):
@@ -163,6 +164,14 @@ class Disk:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def mount_for_this_process_only() -> None:
+    """What is mounted from now on is gone when this process and those that it starts have ended, also by kill -9."""
+    if sys.platform == "linux" and os.geteuid() == 0:
+        libc = ctypes.CDLL(None)
+        if libc.unshare(0x00020000) == 0:  # CLONE_NEWNS
+            libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None)  # MS_REC | MS_PRIVATE
+
+
 def limit_size(pids: list[int], size: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -189,45 +198,46 @@ class Trial:
         self.world = 1 if self.kind == "surgery" else self.rng.choice((1, 1, 2, 2, 3))
         self.disk = Disk(folder / "disk")
         shutil.copytree(home / "hybrid_checkpoints", self.base / "hybrid_checkpoints")
-        self.told = [f"{self.kind} on {self.world}"]
+        self.told, self.seconds = [f"{self.kind} on {self.world}"], None
 
     @property
     def out(self) -> Path:
         return self.base / ("hybrid_checkpoints/t_48" if self.kind == "surgery" else "fractal_checkpoints/t_32")
 
-    def start(self, kind=None, world=None, jump=0.0):
+    def start(self, kind=None, world=None, jump=0.0, fresh=False):
         """Starts the command; (processes, their log's folder)."""
         self.attempts += 1
         world, log = world or self.world, self.logs / f"{self.attempts}"
         env = {"NANOCHAT_BASE_DIR": str(self.base), "NANOCHAT_DTYPE": "float32"}
         rows = log / "rows" if (kind or self.kind) == "train" else None
-        return ranks.start(world, command, kind or self.kind, self.home, self.base, world, rows, jump, out=log,
-                           env=env.items()), log
+        return ranks.start(world, command, kind or self.kind, self.home, self.base, world, rows, jump, fresh,
+                           out=log, env=env.items()), log
 
     def finish(self, started) -> tuple[list[int], str]:
-        """(exit codes, what the first rank printed). Wrong for a hanging process or a traceback."""
+        """
+        (exit codes, what the first rank printed). As torchrun does, it ends the others a while after one has failed. Wrong
+        for processes that hang.
+        """
         processes, log = started
-        end = time.monotonic() + SECONDS
-        for p in processes:
-            p.join(max(0.1, end - time.monotonic()))
-        if hanging := [p for p in processes if p.is_alive()]:
-            for p in hanging:
-                p.kill()
-                p.join()
-            raise Wrong(f"attempt {self.attempts} hangs")
+        end, failed = time.monotonic() + SECONDS, False
+        while alive := [p for p in processes if p.is_alive()]:
+            if not failed and any(p.exitcode for p in processes):
+                failed, end = True, time.monotonic() + 20
+            if time.monotonic() > end:
+                self.kill(alive)
+                if not failed:
+                    raise Wrong(f"attempt {self.attempts} hangs")
+            time.sleep(0.02)
         return [p.exitcode for p in processes], (log / "0.log").read_text(errors="replace")
 
     def settle(self, world=None) -> str:
         """The command without a fault, which must succeed, at the latest with --fresh once nothing whole is left."""
-        for _ in range(2):
-            codes, log = self.finish(self.start(world=world))
-            if set(codes) == {0}:
-                return log
-            if set(codes) == {2} and "no checkpoint is left to go on from" in log:
-                self.counts["refused in a line: only damaged checkpoints"] += 1
-                shutil.rmtree(self.out)  # what --fresh does
-                continue
-            break
+        codes, log = self.finish(self.start(world=world))
+        if set(codes) == {2} and "no checkpoint is left to go on from" in log:
+            self.counts["refused in a line: only damaged checkpoints"] += 1
+            codes, log = self.finish(self.start(world=world, fresh=True))
+        if set(codes) == {0}:
+            return log
         raise Wrong(f"the same command again ends with {codes}: {log[-1500:]}")
 
     def run(self) -> None:
@@ -256,7 +266,9 @@ class Trial:
         self.kill(started[0])
         kept = self.folder / "kept"
         shutil.copytree(self.out, kept)
+        begun = time.perf_counter()
         self.settle()
+        self.seconds = time.perf_counter() - begun
         self.references["export", id(self)] = self.made()
         shutil.rmtree(self.out)
         shutil.copytree(kept, self.out)
@@ -301,13 +313,14 @@ class Trial:
 
     @staticmethod
     def resumed_at(log: Path) -> int:
-        text = (log / "0.log").read_text(errors="replace")
-        return int(text.rpartition("after step ")[2].split()[0]) if "resuming " in text else 0
+        found = re.search(r"resuming .* after step (\d+)", (log / "0.log").read_text(errors="replace"))
+        return int(found[1]) if found else 0
 
     # --- faults
 
     def moment(self) -> float:
-        return self.rng.uniform(0, 1.1) * self.references["seconds", self.kind, self.world]
+        """Seconds to wait: the fault comes while the command runs, or now and then just after its end."""
+        return self.rng.uniform(0, 1.1) * (self.seconds or self.references["seconds", self.kind, self.world])
 
     def kill(self, processes) -> None:
         for p in processes:
@@ -320,18 +333,15 @@ class Trial:
         started = self.start()
         time.sleep(self.moment())
         self.kill(started[0])
-        self.counts["of them while it ran"] += any(p.exitcode == -signal.SIGKILL for p in started[0])
+        self.counts["kills while it ran"] += any(p.exitcode == -signal.SIGKILL for p in started[0])
 
     def kill_one(self) -> None:
         started = self.start()
         time.sleep(self.moment())
         victim = self.rng.choice(started[0])
         self.kill([victim])
-        self.counts["of them while it ran"] += victim.exitcode == -signal.SIGKILL
-        end = time.monotonic() + 20  # the others notice, or torchrun ends them
-        for p in started[0]:
-            p.join(max(0, end - time.monotonic()))
-        self.kill(started[0])
+        self.counts["kills while it ran"] += victim.exitcode == -signal.SIGKILL
+        self.finish(started)
 
     def signals(self) -> None:
         """To all, and once more a moment later, as torchrun passes on what it gets."""
@@ -359,7 +369,7 @@ class Trial:
         self.disk.free([])
         if set(codes) == {0}:
             self.counts["outlived a full disk"] += 1
-        elif (set(codes) == {2} and "no room left" in log) or "No space left" in log:
+        elif codes[0] == 2 and ("no room left" in log or "No space left" in log):
             self.counts["ended in a line: full disk"] += 1
         else:
             raise Wrong(f"a full disk ends with {codes}: {log[-1500:]}")
@@ -412,7 +422,6 @@ def make_references(folder: Path, home: Path) -> dict:
         begun = time.perf_counter()
         trial.settle()
         references["seconds", kind, world] = time.perf_counter() - begun
-        references["seconds", "export", world] = references["seconds", "train", world]
         references[kind, world] = trial.made()
         if kind == "train":
             shutil.copy(trial.out / "config.json", folder / f"train_{world}.json")
@@ -420,7 +429,7 @@ def make_references(folder: Path, home: Path) -> dict:
     return references
 
 
-def campaign(minutes: float, seed: int, folder: Path, say=print) -> dict:
+def campaign(minutes: float, seed: int, folder: Path) -> dict:
     """Trials for so many minutes; the figures, with what went wrong under 'wrong'."""
     begun, counts, wrong, trials = time.monotonic(), Counter(), [], 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -436,7 +445,7 @@ def campaign(minutes: float, seed: int, folder: Path, say=print) -> dict:
             trial.run()
         except Wrong as e:
             wrong.append(f"seed {number}: {', '.join(trial.told)}: {e}")
-            say(f"WRONG {wrong[-1]}")
+            print(f"WRONG {wrong[-1]}", flush=True)
             keep = folder / f"wrong_{number}"
         finally:
             references.pop(("export", id(trial)), None)
@@ -446,14 +455,14 @@ def campaign(minutes: float, seed: int, folder: Path, say=print) -> dict:
         trials += 1
         if time.monotonic() - said > 60:
             said = time.monotonic()
-            say(f"  {(said - begun) / 60:.0f} min: {trials} trials, {sum(counts[f] for f in FAULTS)} faults, "
-                f"{len(wrong)} wrong")
+            print(f"  {(said - begun) / 60:.0f} min: {trials} trials, {sum(counts[f] for f in FAULTS)} faults, "
+                f"{len(wrong)} wrong", flush=True)
     return {"minutes": round((time.monotonic() - begun) / 60, 1), "seed": seed, "trials": trials,
             "survived": trials - len(wrong), "faults": {f: counts[f] for f in FAULTS},
             "outcomes": {k: n for k, n in sorted(counts.items()) if k not in FAULTS}, "wrong": wrong}
 
 
-def soak(tokens: int, say=print) -> dict:
+def soak(tokens: int) -> dict:
     """Decodes so many tokens of a tiny hybrid, and how the memory in use grew after the first tenth of them, in MB."""
     from nanochat.engine import Compute, Engine
     config = replace(ranks.TINY, vocab_size=300, sequence_len=256)
@@ -483,6 +492,7 @@ def main() -> int:
     p.add_argument("--soak-tokens", type=int, default=0, help="decode so many tokens and watch the memory (default: 0)")
     args = p.parse_args()
     torch.set_num_threads(1)
+    mount_for_this_process_only()
     figures = {}
     with tempfile.TemporaryDirectory() as tmp:
         if args.minutes:

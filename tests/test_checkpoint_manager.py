@@ -135,7 +135,8 @@ def test_a_tokenizer_of_another_size_is_refused(base_config, tokenizer, tmp_path
 
 def test_leftovers_of_a_killed_run_are_removed(base, tmp_path):
     ckpt.save_step(tmp_path, 1, base, [], {})
-    for name in ("model_000002.pt", "optim_000002.pt", ".model_000003.pt.abc.tmp", "notes_2024.md", "model.pt"):
+    for name in ("model_000002.pt", "optim_000002.pt", ".model_000003.pt.abc.tmp", ".curves.png.abc.tmp", "notes_2024.md",
+                 "model.pt"):
         (tmp_path / name).write_text("x")
     ckpt.remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["meta_000001.json", "model.pt", "model_000001.pt", "notes_2024.md",
