@@ -15,7 +15,7 @@ for kind in train plain; do
     python -m scripts.chat_sft --checkpoint "$NANOCHAT_BASE_DIR/hybrid_checkpoints/arith_128" --data "$problems/$kind.jsonl" \
         --tag "$kind" --num-iterations 800 --init-lr-frac 0.5 --eval-every 400 --tasks "" "${one[@]}"
     python -m scripts.fractal_train --checkpoint "$NANOCHAT_BASE_DIR/chatsft_checkpoints/$kind" --controls --tag "$kind" \
-        --data "$problems/$kind.jsonl" --num-iterations 150 --eval-every -1 "${one[@]}"
+        --data "$problems/$kind.jsonl" --num-iterations 60 --eval-every -1 "${one[@]}"
     python -m scripts.chat_eval --checkpoint "$NANOCHAT_BASE_DIR/fractal_checkpoints/${kind}_128_auto" -a GSM8K \
-        --data "$problems" -m 100
+        --data "$problems" -m 70 -x 100
 done

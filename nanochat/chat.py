@@ -19,8 +19,8 @@ PROBE = {"messages": [{"role": "user", "content": "What is 1+1?"}, {"role": "ass
 def check_chats(model, tokenizer) -> None:
     """
     ValueError for a model that was never taught to chat: one that gives <|assistant_end|> less than a tenth of the
-    probability that it would have by chance, both after a finished answer and anywhere in an answer of its own. (One that
-    was taught answers of one kind only need not end as the finished answer does.)
+    probability that it would have by chance after a finished answer, and less than 1 % anywhere in an answer of its own.
+    (One that was taught answers of one kind only need not end as the finished answer does.)
     """
     ids, _ = tokenizer.render_conversation(PROBE)
     end, start = map(tokenizer.encode_special, ("<|assistant_end|>", "<|assistant_start|>"))
@@ -33,7 +33,7 @@ def check_chats(model, tokenizer) -> None:
     for _ in range(most):
         h = model.hidden(torch.tensor([new], device=model.device), cache=cache)
         probs = model.logits(h[:, -1])[0].float().softmax(-1)
-        if float(probs[end]) >= least:
+        if float(probs[end]) >= 0.01:
             return
         new = tool.next([int(probs.argmax())])
         tool.wrote(new[0])
