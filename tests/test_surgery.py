@@ -478,7 +478,7 @@ def test_user_errors_are_one_line_and_write_nothing(home, base, config, tokenize
     meta = ckpt.load_json(file.with_name("meta_000650.json"))
     meta = {"model_config": {k: v for k, v in meta["model_config"].items() if k not in ckpt.LATER_FIELDS}}
     ckpt.save_json(meta, file.with_name("meta_000650.json"))  # as nanochat itself writes it
-    fails(capsys, [], "vintage G", "missing resid_lambdas")
+    fails(capsys, [], "vintage G", "missing value_embeds.0.weight")
     torch.save({k: v for k, v in state.items() if k != "lm_head.weight"}, file)
     fails(capsys, [], "missing lm_head.weight")
     torch.save(state, file)

@@ -3,7 +3,7 @@ What the other test files prove of models like nanochat-d32 (vintage A), proved 
 that later nanochats brought (vintage G): this module's `base_config` is what their fixtures build on. Imported names are
 collected as tests.
 """
-# ruff: noqa: F401, F811
+# ruff: noqa: F401
 import pytest
 import torch
 from test_confidence_probe import (

@@ -1,5 +1,5 @@
 """The tests of decoding and of growth, of models of vintage G; see test_vintage_g.py."""
-# ruff: noqa: F401, F811
+# ruff: noqa: F401
 import pytest
 from test_confidence_probe import (
     test_a_prompt_goes_as_deep_as_what_follows_it_and_no_deeper,

@@ -108,7 +108,7 @@ def test_truncated_files_are_one_clear_error(tmp_path, form):
     data = target.read_bytes()
     for keep in (0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 1):
         target.write_bytes(data[:keep])
-        with pytest.raises(ValueError, match="truncated|no checkpoint|refused"):
+        with pytest.raises(ValueError, match=r"truncated|no checkpoint|refused"):
             weights = open_weights(path)
             for name in weights.specs:
                 weights.read(name)
@@ -160,7 +160,7 @@ def test_two_models_in_one_folder_are_named(tmp_path):
     nanochats(tmp_path, 9)
     assert ckpt.find(tmp_path).file.name == "model_000009.pt"
     nanochats(tmp_path, 12, heads=4)
-    with pytest.raises(ValueError, match="holds two models .steps 9 and 12 differ.*--step"):
+    with pytest.raises(ValueError, match=r"holds two models .steps 9 and 12 differ.*--step"):
         ckpt.find(tmp_path)
     assert ckpt.find(tmp_path, 9).config.n_head == 2 and ckpt.find(tmp_path, 12).config.n_head == 4
     assert ckpt.find(tmp_path / "model_000005.pt").config.n_head == 2
@@ -171,7 +171,7 @@ def test_an_export_and_a_step_in_one_folder_are_two_models(tmp_path):
     model, _ = ckpt.load_step(tmp_path, 5)
     ckpt.save_torch(model.state_dict(), tmp_path / "model.pt")
     ckpt.save_json({"kind": "gpt", "config": ckpt.asdict(model.config)}, tmp_path / "config.json")
-    with pytest.raises(ValueError, match="holds two models, model.pt and model_000005.pt: name the file"):
+    with pytest.raises(ValueError, match=r"holds two models, model.pt and model_000005.pt: name the file"):
         ckpt.find(tmp_path)
     assert ckpt.find(tmp_path / "model.pt").file.name == "model.pt"
 
