@@ -8,6 +8,9 @@ from vintage_oracle import CONSTANTS, checkpoint, logits
 from nanochat import vintages
 from nanochat.cache import MatryoshkaKVCache
 from nanochat.checkpoint_manager import build_model, load_weights
+from nanochat.gpt import GPTConfig
+from nanochat.growing import grown_config, next_width, width_step, widths_ahead
+from nanochat.hybrid_gpt import HybridConfig
 from nanochat.ordering import cannot_order, order_by_data, order_by_weights, order_state
 from nanochat.streaming import State
 from nanochat.weight_files import Weights
@@ -128,3 +131,17 @@ def test_windows_make_attention_cheaper():
     assert float(each[170]) == pytest.approx(sum(x.flops for x in model.cost(64, 171).values()))
     head = model.cost()["head"].flops
     assert prompt_flops(model, n, [64] * c.n_block) == pytest.approx(float(each.sum()) - n * head)
+
+
+@pytest.mark.parametrize("width, group, step, ahead", [
+    (1280, 384, 128, [1536, 2560]), (1664, 384, 128, [2048, 3328]), (2048, 768, 256, [2560, 4096]),
+    (2176, 384, 128, [2688, 4352])])
+def test_every_depth_of_nanochat_can_grow(width, group, step, ahead):
+    """d20, d26, d32, d34: the widths of docs/checkpoints.md."""
+    config = HybridConfig.from_base(GPTConfig(2048, 65536, width // 64, width // 128, width // 128, width))
+    assert (config.mamba_group_width, width_step(config), widths_ahead(config)) == (group, step, ahead)
+    for wide in ahead:
+        assert grown_config(config, wide).d_inner % group == 0
+    assert next_width(grown_config(config, ahead[0])) == ahead[1]
+    with pytest.raises(ValueError, match="say how wide with --new-dim"):
+        next_width(grown_config(config, ahead[1]))
