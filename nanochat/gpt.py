@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 import torch.nn as nn
 
+from nanochat.common import to_device
 from nanochat.loss_eval import head_logits, head_loss
 from nanochat.matryoshka import AttentionBlock, Cost, block_cost, mode_levels, norm, resolve_level, rope_tables
 
@@ -225,6 +226,7 @@ class GPT(nn.Module):
         if first < 1 or not (isinstance(exits, int) or exits.shape == idx.shape):
             raise ValueError(f"exits must be a number, or (rows, tokens) = ({B}, {T}), and at least 1")
         levels, x = self.resolve_widths(widths), None
+        moved = exits_there = None  # the exits that were copied to the device last, and the copy
         i, sure, going = 0, (), -1  # the gate's answer, where it is known; the exit point where the token is known to go on
         if resume is not None:
             i, x, *sure = resume
@@ -242,7 +244,9 @@ class GPT(nn.Module):
                     break
                 active = False
             elif i >= first:
-                active = (exits > i).to(idx.device)
+                if moved is not exits:
+                    moved, exits_there = exits, to_device(exits, idx.device)
+                active = exits_there > i
             elif bar is not None and first == c.n_block and (run := cache.compiled_run(idx, levels[i:])):
                 stop = cache.settled(i)
                 if stop == i:  # what owes something catches up as far as the token surely goes
