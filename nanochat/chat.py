@@ -31,6 +31,11 @@ def stop_tokens(tokenizer) -> set[int]:
     return {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
 
 
+def prompt_room(limit: int, max_tokens: int) -> int:
+    """How many tokens of a context of `limit` a conversation may take beside an answer of max_tokens: at least half."""
+    return max(limit - max_tokens, limit // 2)
+
+
 def fit(tokenizer, messages: list[dict], room: int) -> tuple[list[int], int]:
     """
     (ids that end in <|assistant_start|>, how many of the oldest messages were dropped for them to fit into `room` tokens).
@@ -63,3 +68,27 @@ def visible_text(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
         yield "" if token in special else decoder.decode(tokenizer.id_to_bytes(token))
     if rest := decoder.decode(b"", final=True):
         yield rest
+
+
+def answer_parts(tokenizer, tokens: Iterable[int]) -> list[dict]:
+    """
+    An answer's tokens as the parts of a message (nanochat.conversations): text, python for a tool call, python_output for
+    its result. The inverse of Tokenizer.render_conversation for what an assistant says; a bracket that is not closed, or
+    closes nothing, is dropped.
+    """
+    special = {token: name for name, token in tokenizer.get_special_tokens().items()}
+    kinds = {"<|python_start|>": "python", "<|output_start|>": "python_output"}
+    parts, kind, held = [], "text", []
+
+    def close():
+        if held:
+            parts.append({"type": kind, "text": tokenizer.decode(held)})
+        held.clear()
+    for token in tokens:
+        if token in special:
+            close()
+            kind = kinds.get(special[token], "text")
+        else:
+            held.append(token)
+    close()
+    return parts

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanochat.common import atomic_write, fsync_dir, get_rank
+from nanochat.common import atomic_write, fsync_dir, get_base_dir, get_rank, print0, user_path
 from nanochat.distributed import full_optimizer_state, full_state, local, local_rows
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
@@ -373,6 +373,53 @@ def find(path: str | os.PathLike) -> Found:
     if not isinstance(info.get("config"), dict):
         raise ValueError(f"config.json in {folder} has no config: write the export again")
     return Found(config_from_dict(info.get("kind"), info["config"]), info, folder / "model.pt")
+
+
+# What nanochat calls a model's source, and ours: the folder under NANOCHAT_BASE_DIR that holds it.
+SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints",
+           "hybrid": "hybrid_checkpoints", "fractal": "fractal_checkpoints"}
+CHAT_SOURCES = ("mid", "sft", "rl")  # those that have been taught to chat
+
+
+def newest(base: Path, source: str | None = None, tag: str | None = None) -> Path:
+    """
+    The folder of the newest model of a source (a name of SOURCES; None: of any) whose name is `tag` or begins with `tag_`
+    (None: any). FileNotFoundError that says where it looked.
+    """
+    found = []
+    for name in SOURCES.values() if source is None else [SOURCES[source]]:
+        for folder in (base / name).glob("*"):
+            if tag is None or folder.name == tag or folder.name.startswith(f"{tag}_"):
+                files = [folder / "config.json"] if (folder / "model.pt").is_file() else []
+                files += [folder / f"meta_{step:06d}.json" for step in list_steps(folder)]
+                found += [(file.stat().st_mtime_ns, folder) for file in files if file.is_file()]
+    if not found:
+        where = base / SOURCES[source] if source else base
+        raise FileNotFoundError(f"there is no model{f' of tag {tag}' if tag else ''} in {where}: name one with "
+                                "--checkpoint, or train one first")
+    return max(found)[1]
+
+
+def add_model_args(p) -> None:
+    """--checkpoint, and nanochat's -i, -g and -s, to an argument parser: which model a script takes."""
+    p.add_argument("--checkpoint", default=None,
+                   help="a model's folder (export or training), or the model file in it (default: the newest of -i and -g)")
+    p.add_argument("-i", "--source", choices=list(SOURCES), default=None,
+                   help="the kind of model, by the folder that holds it (default: any)")
+    p.add_argument("-g", "--model-tag", default=None, help="its tag, such as d32 or d32_2048_unfrozen (default: any)")
+    p.add_argument("-s", "--step", type=int, default=None, help="its step, of a training folder (default: the last)")
+
+
+def chosen_model(args) -> Path:
+    """The path that the flags of add_model_args name; printed where it had to be looked for. Raises as `newest`."""
+    if args.checkpoint is not None:
+        if (args.source, args.model_tag, args.step) != (None, None, None):
+            raise ValueError("--checkpoint names the model, and so do -i, -g and -s: drop the one or the others")
+        return user_path(args.checkpoint)
+    folder = newest(get_base_dir(), args.source, args.model_tag)
+    path = folder if args.step is None else folder / f"model_{args.step:06d}.pt"
+    print0(f"model: {path}")
+    return path
 
 
 class Loaded(NamedTuple):

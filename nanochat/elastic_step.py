@@ -14,6 +14,7 @@ from nanochat.distributed import all_sum
 from nanochat.loss_eval import (
     EXIT_WEIGHT,
     PROBED,
+    Original,
     Student,
     controls_backward,
     matryoshka_backward,
@@ -63,14 +64,18 @@ class ElasticStep:
         self.draft_exit, self._flops, self._looking, self._head = draft_exit, {}, None, model.cost()["head"].flops
         self.exit_weight = exit_weight if model.config.exit_points else 0.0  # a single pair of blocks has none
         self.context = (model.config.sequence_len + 1) / 2  # of a token, on average
+        self.original: Original | None = None
+        self.unsupervised = torch.zeros(())
 
     def __call__(self, step: int, x: torch.Tensor, y: torch.Tensor, share: Share) -> dict:
         model, config, (rows, T), (rank, world) = self.model, self.model.config, x.shape, get_rank()
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + step + share.number * PASSES_APART)
-        full, live = self.flops(None, x.numel()), (y >= 0).cpu() if share.live is None else share.live
+        live = (y >= 0).cpu() if share.live is None else share.live
+        self.unsupervised = self.unsupervised + (~live).all(1).sum()
+        full = (self.flops(None, 1) + self.original_flops()) * x.numel()
         drafts = [] if self.draft_exit is None else [Student(exits=torch.full((rows, T), self.draft_exit), label="draft")]
         if self.recipe is None:
-            losses = matryoshka_backward(model, x, y, drafts, share.tokens, live=live)
+            losses = matryoshka_backward(model, x, y, drafts, share.tokens, original=self.original, live=live)
             return {k: v * share.tokens for k, v in losses.items()} | {"flops": full + self.student_flops(drafts, x)}
         splits = random_splits(rows * world, T, g)
         if self.recipe.startswith("controls"):
@@ -107,8 +112,9 @@ class ElasticStep:
                 x1, y1, here = x[:whole], y[:whole], at[at < whole * T]
                 own, probed = weight * int(live[:whole].sum()), share.probed * len(here) / max(1, len(at))
                 losses = matryoshka_backward(model, x1, y1, [], own, exit_at=here if self.exit_weight else None,
-                                             at_scale=probed, exit_weight=self.exit_weight)
-                out["flops"] += self.flops(None, x1.numel()) + self.exit_flops(len(here))
+                                             at_scale=probed, exit_weight=self.exit_weight, original=self.original)
+                out["flops"] += ((self.flops(None, 1) + self.original_flops()) * x1.numel()
+                                 + self.exit_flops(len(here)))
                 out["loss"] += note(f"loss_{config.top_width}", losses["loss"], own)
                 if self.exit_weight:
                     note("exits", losses["exits"], probed)
@@ -117,7 +123,8 @@ class ElasticStep:
         students = self._students(step, rows, T, splits, g, rank, world) + drafts
         by_width = {}
         losses = matryoshka_backward(model, x, y, students, share.tokens, at if config.exit_points else None,
-                                     at if self.exit_weight else None, share.probed, by_width, self.exit_weight, live)
+                                     at if self.exit_weight else None, share.probed, by_width, self.exit_weight,
+                                     self.original, live)
         weights = {"gate": share.probed, "exits": share.probed}
         out = {k: v * weights.get(k, share.tokens) for k, v in losses.items()}
         for width, (loss, weight) in by_width.items():
@@ -156,7 +163,7 @@ class ElasticStep:
         parts = dict.fromkeys(("full", "exits", "teacher", "narrow"), 0.0)
         exits = self.exit_flops(PROBED) / c.sequence_len
         if self.recipe is None:
-            return parts | {"full": self.flops(None, 1)}
+            return parts | {"full": self.flops(None, 1), "teacher": self.original_flops()}
         if self.recipe.startswith("controls"):
             return None
         if self.recipe in TAUGHT:
@@ -164,12 +171,12 @@ class ElasticStep:
             students = [self._students(i, *x.shape, random_splits(*x.shape, g), g, 0, 1)
                         for i in range(draws if self.sample else 1)]
             narrow = sum(self.student_flops(some, x) for some in students) / len(students) / x.numel()
-            return parts | {"full": self.flops(None, 1), "exits": exits, "narrow": narrow}
+            return parts | {"full": self.flops(None, 1), "exits": exits, "narrow": narrow, "teacher": self.original_flops()}
         narrow = sum(self.flops(sample_levels(self.levels, c.n_block, g), 1) for _ in range(draws)) / draws
         if self.recipe == "single":
             return parts | {"narrow": narrow}
         return {"full": self.flops(None, 1) / 2, "exits": exits / 2, "narrow": narrow / 2,
-                "teacher": self.looking_flops() / 2 if self.recipe == "lean" else 0.0}
+                "teacher": (self.looking_flops() / 2 if self.recipe == "lean" else 0.0) + self.original_flops() / 2}
 
     def exit_flops(self, tokens: int) -> float:
         """Of what so many tokens answer at the exit points, forward and backward, and of the answers they learn from."""
@@ -177,6 +184,10 @@ class ElasticStep:
             return 0.0
         each = (3 + self.model.lm_head.weight.requires_grad) * self._head
         return each * len(self.model.config.exit_points) * tokens
+
+    def original_flops(self) -> float:
+        """Of a token in the forward pass of the original model, where there is one."""
+        return sum(c.flops for c in self.original.model.cost(context=self.context).values()) if self.original else 0.0
 
     def looking_flops(self) -> float:
         """Of a token in a teacher's forward pass, whose logits the student compares with anew."""

@@ -4,20 +4,22 @@ single row's likeliest ones on a CPU, many in one call, the prompt included wher
 independent: each has its own length, width, exit depth, seed and end.
 
     engine = Engine(model, tokenizer)
-    for token in engine.generate(prompt_ids, max_tokens=100, mode="normal", temperature=0.8, top_k=50, seed=1): ...
+    for column, masks in engine.generate(prompt_ids, num_samples=4, max_tokens=100): ...      # as nanochat's
+    for token in engine.tokens(prompt_ids, max_tokens=100, mode="normal", temperature=0.8, top_k=50, seed=1): ...
     for pairs in engine.stream([prompt_a, prompt_b], max_tokens=100, mode=["think", "ghost"]): ...
-    for token in engine.generate(prompt_ids, max_tokens=100, mode="auto", budget=0.6): ...
-    for token in engine.generate(prompt_ids, max_tokens=100, mode="auto", lossless=True): ...    # see speculative.py
+    for token in engine.tokens(prompt_ids, max_tokens=100, mode="auto", budget=0.6): ...
+    for token in engine.tokens(prompt_ids, max_tokens=100, mode="auto", lossless=True): ...    # see speculative.py
     engine.traces[0].flops(model)     # what the last answer cost
 """
-import codecs
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
 from nanochat.cache import MatryoshkaKVCache
+from nanochat.chat import stop_tokens
 from nanochat.common import get_compute_dtype, to_device
 from nanochat.confidence_probe import Controls, check_trained, pad
 from nanochat.hybrid_gpt import stays_fp32
@@ -57,6 +59,20 @@ class Compute:
     budget: float | None = None
     depth: int | None = None
     lossless: bool = False
+
+    def check(self, model, calibration: dict | None = None) -> None:
+        """ValueError, before anything is computed, for what `model` does not have or what does not go together."""
+        if self.lossless:
+            if self.budget is not None:
+                raise ValueError("lossless decoding always decides at full compute: drop the budget")
+            candidates(model.config, self.mode, self.depth)
+        elif self.mode == "auto":
+            check_trained(model)
+            Controls(model, self.budget, calibration=calibration)
+        elif self.budget is not None:
+            raise ValueError("a budget has an effect in mode auto only: choose that mode, or drop the budget")
+        else:
+            model.resolve_widths(self.mode)
 
     @property
     def name(self) -> str:
@@ -116,7 +132,56 @@ class Engine:
         self.model, self.tokenizer, self.calibration, self.traces = model, tokenizer, calibration, []
         self.speculation, self.record, self._pace, self._trained, self._spare = None, Record(model), 1, False, None
 
-    def generate(self, prompt: list[int], max_tokens: int, **options) -> Iterator[int]:
+    def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
+                 top_k: int | None = None, seed: int = 42,
+                 compute: Compute = Compute()) -> Iterator[tuple[list[int], list[int]]]:
+        """
+        nanochat's interface: num_samples answers to one prompt. Yields, a step at a time, (the next token of each answer, a
+        mask: 1 where it was sampled, 0 where the calculator's result was forced). An answer that has ended yields
+        <|assistant_end|>, masked 0 from the second one on, until all have. max_tokens None: to the end of the model's
+        context; an answer that is longer goes on from the last half of it. ValueError as in `stream`.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+        stop, end = stop_tokens(self.tokenizer), self.tokenizer.encode_special("<|assistant_end|>")
+        most = max(1, self.model.config.sequence_len - len(tokens)) if max_tokens is None else max_tokens
+        # The calculator's calls again, since `stream` does not say which tokens it forced.
+        tools, over, count = [ToolUse(self.tokenizer) for _ in range(num_samples)], set(), 0
+        steps = self.stream([tokens] * num_samples, most, temperature=temperature, top_k=top_k, seed=seed, stop=stop,
+                            overflow="slide", **asdict(compute))
+        for column in _columns(steps, num_samples, MAX_DRAFT + 1 if compute.lossless else 1):
+            masks = []
+            for row, token in enumerate(column):
+                masks.append(int(row not in over and not tools[row].forced))
+                if token is None:
+                    column[row] = end
+                    over.add(row)
+                else:
+                    tools[row].next([token])
+                    tools[row].wrote(token)
+            count += 1
+            yield column, masks
+        if count < most:
+            yield [end] * num_samples, [int(row not in over) for row in range(num_samples)]
+
+    def generate_batch(self, tokens: list[int], num_samples: int = 1, **options) -> tuple[list[list[int]], list[list[int]]]:
+        """
+        nanochat's interface: (prompt and answer, its mask) of num_samples answers, without the token that ends them; the
+        mask is 0 on the prompt. Options as in `generate`.
+        """
+        results = [list(tokens) for _ in range(num_samples)]
+        masks = [[0] * len(tokens) for _ in range(num_samples)]
+        stop, ended = stop_tokens(self.tokenizer), set()
+        for column, mask in self.generate(tokens, num_samples, **options):
+            for row, token in enumerate(column):
+                if token in stop:
+                    ended.add(row)
+                elif row not in ended:
+                    results[row].append(token)
+                    masks[row].append(mask[row])
+        return results, masks
+
+    def tokens(self, prompt: list[int], max_tokens: int, **options) -> Iterator[int]:
         """The tokens that follow one prompt, one by one; options as in `stream`."""
         for pairs in self.stream([prompt], max_tokens, **options):
             yield from (token for _, token in pairs)
@@ -130,7 +195,7 @@ class Engine:
         return out
 
     def stream(self, prompts: list[list[int]], max_tokens: int, mode=None, depth=None, temperature: float = 1.0,
-               top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Iterable[int] = (),
+               top_k: int | None = None, top_p: float | None = None, seed: int | list[int] = 0, stop: Iterable[int] = (),
                overflow: str = "stop", budget: float | None = None, control=None, lossless: bool = False,
                draft: int | None = None, allowed: list[list[int]] | None = None,
                ended: set[int] | None = None) -> Iterator[list[tuple[int, int]]]:
@@ -142,7 +207,7 @@ class Engine:
         picks each row's widths, the gate each token's exit and when a row expands.
         depth: after how many blocks generated tokens exit (None: none does), likewise; prompts go no deeper. The pass
         over the prompt's last token is the first that generates: it exits like the others.
-        seed: row r draws with seed + r, so a row does not depend on the others.
+        seed: row r draws with seed + r, so a row does not depend on the others; or a list with one per row.
         overflow: where a row fills the model's context, 'stop' ends it, 'slide' goes on from the last half of it.
         budget: for 'auto', see Controls. control: Controls to use instead of the model's own.
         lossless: full width and depth decide every token, in fp32 the same tokens (greedy) or the same distribution as
@@ -175,7 +240,8 @@ class Engine:
             raise ValueError("a draft length has an effect with lossless decoding only: ask for that too, or leave it away")
         settings = temperature, top_k, top_p
         check_settings(*settings)
-        if not -2**63 <= seed <= 2**63 - n:
+        seeds = _per_row(seed, n, "seeds") if isinstance(seed, list) else [seed + r for r in range(n)]
+        if not all(-2**63 <= s < 2**63 for s in seeds):
             raise ValueError(f"seed {seed} is out of range: give one from -2^63 to 2^63 less the number of rows")
         if "auto" in modes:
             if modes != ["auto"] * n:
@@ -195,7 +261,7 @@ class Engine:
         stop, device = set(map(int, stop)), model.device
         text = [list(p) for p in prompts]
         left = [max_tokens] * n
-        generators = [torch.Generator(device=device).manual_seed(seed + r) if temperature else None for r in range(n)]
+        generators = [torch.Generator(device=device).manual_seed(s) if temperature else None for s in seeds]
         length = limit if overflow == "slide" else min(limit, max(map(len, prompts)) + max_tokens)
 
         with torch.inference_mode():  # never while the caller has its turn
@@ -376,12 +442,25 @@ class Engine:
             raise ValueError(f"a draft of {draft} tokens is out of range: give 1 to {MAX_DRAFT}")
         return candidates(self.model.config, modes[0], depths[0])
 
-    def stream_text(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Token ids -> pieces of text as soon as they are whole characters."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in tokens:
-            yield decoder.decode(self.tokenizer.id_to_bytes(token))
-        yield decoder.decode(b"", final=True)
+
+def _columns(steps: Iterable[list[tuple[int, int]]], n: int, patience: int) -> Iterator[list[int | None]]:
+    """
+    Engine.stream's steps as columns of one token for each of n rows, None where a row has ended: where it is absent from so
+    many steps in a row as `patience`. (Lossless rounds give rows different numbers of tokens, 1 to MAX_DRAFT + 1.)
+    """
+    waiting, absent = [deque() for _ in range(n)], [0] * n
+
+    def column():
+        return [row.popleft() if row else None for row in waiting]
+    for pairs in steps:
+        absent = [a + 1 for a in absent]
+        for row, token in pairs:
+            waiting[row].append(token)
+            absent[row] = 0
+        while any(waiting) and all(row or a >= patience for row, a in zip(waiting, absent)):
+            yield column()
+    while any(waiting):
+        yield column()
 
 
 def _only(logits: torch.Tensor, allowed: list[list[int]]) -> torch.Tensor:

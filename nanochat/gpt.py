@@ -112,9 +112,9 @@ class Head(nn.Linear):
         """Hidden states (..., D) -> logits (..., vocab), fp32."""
         return head_logits(h, self.weight, self.softcap)
 
-    def loss(self, h, targets, teacher=None, reduction="mean", text=0.0) -> torch.Tensor:
+    def loss(self, h, targets, teacher=None, reduction="mean", text=0.0, teacher_head=None) -> torch.Tensor:
         """See loss_eval.head_loss."""
-        return head_loss(h, self.weight, targets, self.softcap, teacher, reduction, text)
+        return head_loss(h, self.weight, targets, self.softcap, teacher, reduction, text, teacher_head)
 
 
 class GPT(nn.Module):
@@ -311,18 +311,19 @@ class GPT(nn.Module):
         return None
 
     def forward(self, idx, targets=None, widths=None, exits=None, cache=None, lengths=None, control=None, teacher=None,
-                reduction="mean", text=0.0):
+                reduction="mean", text=0.0, teacher_head=None):
         """
         idx (B, T) int64; widths, exits, cache, lengths, control: see `hidden`.
         Without targets: logits (B, T, vocab) fp32. With targets (B, T) int64 (-1 = not supervised):
         cross-entropy in nats, the mean or ("none") per token (B*T,), and the hidden states (B, T, D) detached.
-        With `teacher` (B, T, D) hidden states too: KL(teacher || this pass), likewise; text: see loss_eval.head_loss.
+        With `teacher` (B, T, D) hidden states too: KL(teacher || this pass), likewise; text, teacher_head: see
+        loss_eval.head_loss.
         """
         h = self.hidden(idx, widths, exits, cache, lengths, control)
         if targets is None:
             assert teacher is None, "distillation needs targets: they say which positions are supervised"
             return self.logits(h)
-        return self.lm_head.loss(h, targets, teacher, reduction, text), h.detach()
+        return self.lm_head.loss(h, targets, teacher, reduction, text, teacher_head), h.detach()
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., D) -> logits (..., vocab), fp32."""

@@ -54,8 +54,9 @@ class _HeadLoss(torch.autograd.Function):
     The cap bounds the logits by +-15, so the softmax needs no pass for the maximum.
     """
     @staticmethod
-    def forward(ctx, h, weight, targets, softcap, teacher, text):
+    def forward(ctx, h, weight, targets, softcap, teacher, text, teacher_weight, teacher_cap):
         w = weight.to(h.dtype)
+        other = None if teacher_weight is None else teacher_weight.to(h.dtype)
         wide = torch.promote_types(h.dtype, torch.float32)
         losses = torch.zeros(len(h), dtype=wide, device=h.device)
         scale = (1.0 / (targets >= 0).sum().clamp(min=1).double()).to(wide)  # a tensor: nobody waits for the device
@@ -75,7 +76,7 @@ class _HeadLoss(torch.autograd.Function):
                 losses[s] = ((z.log() - t.gather(1, y) * softcap) * live * text)[:, 0]
                 p.scatter_add_(1, y, torch.full_like(z, -text))  # d loss / d capped logits = p - onehot
             if teacher is not None:
-                lt = (teacher[s] @ w.T).to(wide).div_(softcap).tanh_().mul_(softcap)
+                lt = (teacher[s] @ (w if other is None else other).T).to(wide).div_(teacher_cap).tanh_().mul_(teacher_cap)
                 q = lt.exp()
                 zq = q.sum(-1, keepdim=True)
                 q.div_(zq)
@@ -99,20 +100,24 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, _, g):
         dh, dw = ctx.saved_tensors
         return (None if dh is None else dh * g.to(dh.dtype)), (None if dw is None else (dw * g).to(ctx.weight_dtype)), \
-            None, None, None, None
+            None, None, None, None, None, None
 
 
-def head_loss(h, weight, targets, softcap, teacher=None, reduction="mean", text: float = 0.0) -> torch.Tensor:
+def head_loss(h, weight, targets, softcap, teacher=None, reduction="mean", text: float = 0.0,
+              teacher_head=None) -> torch.Tensor:
     """
     h (B, T, D); weight (V, D); targets (B, T) int64, -1 where a position is not supervised. Without teacher:
     cross-entropy in nats. With teacher (B, T, D) hidden states, which get no gradient: KL(teacher || student) of the
     two distributions; text: the share of cross-entropy in a mean of both. reduction 'mean' over the supervised positions
-    (a scalar), or 'none': (B*T,), zero where unsupervised, without gradient.
+    (a scalar), or 'none': (B*T,), zero where unsupervised, without gradient. teacher_head: the head (weight, softcap) of
+    another model, whose hidden states `teacher` then are, of whatever width.
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()  # or the sweep would make a gradient that nobody asks for
-    flat = None if teacher is None else teacher.detach().flatten(0, -2)
-    losses, mean = _HeadLoss.apply(h.flatten(0, -2), weight, targets.flatten(), softcap, flat, 1.0 if flat is None else text)
+    flat = None if teacher is None else teacher.detach().flatten(0, -2).to(h.dtype)
+    other, cap = (None, softcap) if teacher_head is None else (teacher_head.weight.detach(), teacher_head.softcap)
+    losses, mean = _HeadLoss.apply(h.flatten(0, -2), weight, targets.flatten(), softcap, flat, 1.0 if flat is None else text,
+                                   other, cap)
     return mean if reduction == "mean" else losses
 
 
@@ -215,10 +220,17 @@ def sample_students(config, rows: int, T: int, starts: torch.Tensor, generator: 
     return [mixed, (Student(widths, exits[n:], n, rows) if n < rows else idle)._replace(label=label)]
 
 
+class Original(NamedTuple):
+    """A frozen model of the same tokenizer, and the share of what it says in what a full pass learns beside the text."""
+    model: torch.nn.Module
+    share: float = 0.5
+
+
 def matryoshka_backward(model, x, y, students: list[Student], scale: float,
                         gate_at: torch.Tensor | None = None, exit_at: torch.Tensor | None = None,
                         at_scale: float | None = None, by_width: dict | None = None,
-                        exit_weight: float = EXIT_WEIGHT, live: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+                        exit_weight: float = EXIT_WEIGHT, original: Original | None = None,
+                        live: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """
     One training step's losses (DESIGN 8), backward included, each multiplied by `scale`: cross-entropy of the full
     pass (the teacher), then the KL of each student's narrow pass to the teacher's detached distribution, or a mixture of
@@ -226,8 +238,9 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
     before a student's is built. gate_at: flat indices into (B, T) of supervised tokens; the gate learns from the teacher
     pass at these. exit_at: likewise; at these the full pass also learns to answer at every exit point (exit_loss, times
     exit_weight). at_scale: what these two losses are multiplied by instead (None: scale). by_width: is filled with label ->
-    [the students' loss times what it was multiplied by, that factor], both summed. live: y >= 0, on the CPU (None: it is
-    computed, which waits for the device). Returns the losses, detached: 'loss', 'exits', 'narrow', 'gate'.
+    [the students' loss times what it was multiplied by, that factor], both summed. original: the full pass learns from it,
+    too. live: y >= 0, on the CPU (None: it is computed, which waits for the device). Returns the losses, detached: 'loss',
+    'exits', 'narrow', 'gate'.
     """
     at_scale = scale if at_scale is None else at_scale
     shadow = None if gate_at is None else Shadow(gate_at)
@@ -238,7 +251,11 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
         for one in watching:
             one(i, x, exits, levels)
         return exits, levels
-    loss, teacher = model(x, y, control=watch if watching else None)
+    kept = {}
+    if original is not None:
+        with torch.no_grad():
+            kept = {"teacher": original.model.hidden(x), "teacher_head": original.model.lm_head, "text": 1 - original.share}
+    loss, teacher = model(x, y, control=watch if watching else None, **kept)
     out, whole = {"loss": loss.detach()}, loss * scale
     if leaving is not None:
         at_exits = exit_loss(model, leaving, teacher, y)

@@ -4,7 +4,10 @@ Mixtures of sources: what --data says, parsed and prepared.
     --data embedded                                                          one source
     --data "0.8*karpathy/climbmix-400b-shuffle,0.2*chat.jsonl"               two, by their share of the tokens
 
-A source is what nanochat.dataset takes: text or conversations, on the disk or on the hub. To fetch and convert beforehand:
+    --data tasks:GSM8K+MMLU                                                  benchmarks' training splits, as conversations
+
+A source is what nanochat.dataset takes: text or conversations, on the disk or on the hub; or tasks (nanochat.tasks.sources).
+To fetch and convert beforehand:
 
     python -m nanochat.mixture --data "..."
 """
@@ -16,9 +19,12 @@ from typing import NamedTuple
 from nanochat.common import cli, print0, user_path
 from nanochat.dataset import DEFAULT_HUB, EMBEDDED, add_skip_arg, prepare
 from nanochat.shards import list_shards, shard_kind
+from nanochat.tasks.sources import is_task_source, prepare_tasks
 
 DEFAULT_CHATS = "HuggingFaceTB/smol-smoltalk"
-DEFAULT_MIXTURE = f"0.8*{DEFAULT_HUB},0.2*{DEFAULT_CHATS}"  # nanochat-d32 is a chat model: it stays one by hearing chats
+MULTIPLE_CHOICE, TOOL_USE = "tasks:MMLU+ARC-Easy+ARC-Challenge", "tasks:GSM8K"
+# nanochat-d32 is a chat model: it stays one by hearing chats, and it was taught multiple choice and the tool by these alone.
+DEFAULT_MIXTURE = f"0.8*{DEFAULT_HUB},0.1*{DEFAULT_CHATS},0.05*{MULTIPLE_CHOICE},0.05*{TOOL_USE}"
 SYNTAX = "write WEIGHT*SOURCE,WEIGHT*SOURCE such as 0.8*karpathy/climbmix-400b-shuffle,0.2*chat.jsonl"
 
 
@@ -58,7 +64,8 @@ def parse(spec: str) -> list[tuple[float, str]]:
 def prepare_mixture(spec: str, skip_bad_rows: bool = False) -> list[Part]:
     """The parts of a mixture, each made ready by nanochat.dataset.prepare, whose errors it raises; printed where several."""
     parsed = parse(spec)
-    parts = [Part(weight, prepare(source, skip_bad_rows=skip_bad_rows)) for weight, source in parsed]
+    parts = [Part(weight, prepare_tasks(source) if is_task_source(source) else prepare(source, skip_bad_rows=skip_bad_rows))
+             for weight, source in parsed]
     total = sum(weight for weight, _ in parsed)
     if len(parts) > 1:
         print0("data: " + ", ".join(
@@ -76,7 +83,8 @@ def add_data_arg(p: argparse.ArgumentParser, default: str | None) -> None:
     said = default or f"on a GPU {DEFAULT_MIXTURE}, on a CPU {EMBEDDED}"
     p.add_argument("--data", default=default, help=(
         f"'{EMBEDDED}' (the Python standard library's text), a folder or file of .parquet/.jsonl/.txt, a hub dataset's "
-        f"name such as {DEFAULT_HUB} (with :CONFIGURATION where it has several), "
+        f"name such as {DEFAULT_HUB} (with :CONFIGURATION where it has several), {MULTIPLE_CHOICE} or any tasks' training "
+        "splits, or examples:... of them without a network, "
         "or a mixture of such: WEIGHT*SOURCE,WEIGHT*SOURCE, the weights being shares of the "
         'tokens. A .jsonl has {"text": ...} on each line, or a conversation: a list of {"role", "content"} or {"messages": '
         f'such a list}}, of which only what the assistant says is learnt (default: {said})'))

@@ -16,7 +16,7 @@ from pathlib import Path
 from nanochat import checkpoint_manager as ckpt
 from nanochat.chat import check_chats
 from nanochat.common import autodetect_device_type, cli, get_base_dir, get_rank, print0
-from nanochat.confidence_probe import check_trained, is_trained
+from nanochat.confidence_probe import is_trained
 from nanochat.distributed import everyone, first_alone, init_processes, leave
 from nanochat.engine import Compute, Engine, prepare_inference
 from nanochat.tasks import BENCHMARKS, make
@@ -25,7 +25,7 @@ from nanochat.tasks.evaluate import Judge, Sampling, chat_core, evaluate, finger
 
 def parse_args(argv):
     p = argparse.ArgumentParser(description="Score a chat model on nanochat's benchmarks, per mode, against compute.")
-    p.add_argument("--checkpoint", required=True, help="a chat model's folder, or the model file in it")
+    ckpt.add_model_args(p)
     p.add_argument("--reference", default=None, metavar="CHECKPOINT",
                    help="another model, such as the one before surgery, which is evaluated at full compute, too, and "
                         "compared problem by problem")
@@ -59,7 +59,7 @@ def parse_args(argv):
     return args
 
 
-def load_engine(path: str, device) -> tuple[Engine, str]:
+def load_engine(path: str | Path, device) -> tuple[Engine, str]:
     """(an engine with the checkpoint's model and tokenizer, the checkpoint's fingerprint)."""
     model, tokenizer, info, file = ckpt.load(path, device)
     prepare_inference(model, device.type)
@@ -67,24 +67,23 @@ def load_engine(path: str, device) -> tuple[Engine, str]:
     return Engine(model, tokenizer, info.get("calibration")), fingerprint(file, model.config)
 
 
-def chosen_computes(args, model) -> list[Compute]:
+def chosen_computes(args, engine: Engine) -> list[Compute]:
     """What --modes, --budget and --lossless ask for. ValueError for a mode that the model does not have."""
     if args.modes == "all":
-        names = list(model.config.distinct_modes)
-        if is_trained(model):
+        names = list(engine.model.config.distinct_modes)
+        if is_trained(engine.model):
             names.append("auto")
     else:
         names = [name.strip() for name in args.modes.split(",")]
-    for name in names:
-        if name == "auto":
-            check_trained(model)
-        else:
-            model.resolve_widths(name)
     if args.budget is not None and "auto" not in names:
         raise ValueError("--budget has an effect in mode auto only: add it to --modes, or drop --budget")
     if args.lossless:
-        return [Compute(lossless=True)]
-    return [Compute(name, args.budget if name == "auto" else None) for name in names]
+        computes = [Compute(lossless=True, budget=args.budget)]
+    else:
+        computes = [Compute(name, args.budget if name == "auto" else None) for name in names]
+    for compute in computes:
+        compute.check(engine.model, engine.calibration)
+    return computes
 
 
 def judge_all(engine, mark: str, computes: list[Compute], tasks: list, args, out: Path) -> dict:
@@ -186,14 +185,15 @@ def main(argv=None) -> dict:
     device = init_processes(args.device_type or autodetect_device_type())
     names = list(BENCHMARKS) if args.task_name is None else args.task_name.split("|")
     tasks = first_alone(lambda: [make(name, "test", args.data, args.download) for name in names])
-    engine, mark = load_engine(args.checkpoint, device)
-    source = Path(args.checkpoint).expanduser().resolve()
+    path = ckpt.chosen_model(args)
+    engine, mark = load_engine(path, device)
+    source = path.resolve()
     name = source.parent.name if source.is_file() else source.name
     out = Path(args.out).expanduser() if args.out else get_base_dir() / "chat_eval" / name
-    table = judge_all(engine, mark, chosen_computes(args, engine.model), tasks, args, out)
+    table = judge_all(engine, mark, chosen_computes(args, engine), tasks, args, out)
     rows = summarise(table, tasks)
     show_table(rows, tasks)
-    result = {"checkpoint": str(args.checkpoint), "rows": rows, "embedded": [t.name for t in tasks if t.embedded]}
+    result = {"checkpoint": str(path), "rows": rows, "embedded": [t.name for t in tasks if t.embedded]}
     if args.reference:
         engine, mark = load_engine(args.reference, device)
         reference = judge_all(engine, mark, [Compute()], tasks, args, out / "reference")

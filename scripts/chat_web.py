@@ -23,13 +23,13 @@ from pydantic import BaseModel, Field
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat import serving
-from nanochat.chat import check_chats, fit, visible_text
+from nanochat.chat import check_chats, fit, prompt_room, visible_text
 from nanochat.common import autodetect_device_type, cli, print0
-from nanochat.confidence_probe import Controls, check_trained, is_trained
+from nanochat.confidence_probe import is_trained
 from nanochat.engine import Compute, prepare_inference
-from nanochat.speculative import candidates
 
 PAGE = Path(serving.__file__).with_name("ui.html")
+MAX_CHARS = 256_000  # of all messages of a request together: encoding them keeps the server from its other clients
 Text = Annotated[str, Field(max_length=32_000)]
 
 
@@ -69,32 +69,20 @@ class Server:
         self.config = worker.model.config
         self.modes = [*self.config.distinct_modes, *(["auto"] if is_trained(worker.model) else [])]
 
-    def compute(self, body: Sampled) -> Compute:
-        """ValueError, before anything is queued, for a mode, budget or combination that the model does not have."""
-        model, mode = self.worker.model, body.mode
-        if body.lossless:
-            if body.budget is not None:
-                raise ValueError("lossless answers always have full compute: leave the budget away")
-            candidates(self.config, mode)
-        elif mode == "auto":
-            check_trained(model)
-            Controls(model, body.budget, calibration=self.worker.calibration)
-        elif body.budget is not None:
-            raise ValueError("a budget has an effect in mode auto only")
-        else:
-            model.resolve_widths(mode)
-        return Compute(mode, body.budget, None, body.lossless)
-
     def request(self, body: Sampled) -> tuple[serving.Request, int]:
         """(the request of a body, queued; how many of its oldest messages were left out to fit the context)."""
         tokenizer, limit, dropped = self.worker.tokenizer, self.config.sequence_len, 0
-        compute = self.compute(body)
+        compute = Compute(body.mode, body.budget, None, body.lossless)
+        compute.check(self.worker.model, self.worker.calibration)
         wanted = getattr(body, "max_completion_tokens", None) or body.max_tokens or min(512, limit // 2)
         if isinstance(body, ChatBody):
             messages = [m.model_dump() for m in body.messages]
             if messages[-1]["role"] != "user":
                 raise ValueError("the last message must be the user's")
-            ids, dropped = fit(tokenizer, messages, max(limit - wanted, limit // 2))
+            if (size := sum(len(m.content) for m in body.messages)) > MAX_CHARS:
+                raise ValueError(f"the messages have {size:,} characters together, and this server takes {MAX_CHARS:,}: "
+                                 "leave the oldest out")
+            ids, dropped = fit(tokenizer, messages, prompt_room(limit, wanted))
         else:
             ids = tokenizer.encode(body.prompt, prepend="<|bos|>")
             if len(ids) >= limit:
@@ -263,7 +251,7 @@ def free_socket(host: str, port: int) -> socket.socket:
 @cli
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description="Serve a chat model: a web page and an OpenAI-compatible interface.")
-    p.add_argument("--checkpoint", required=True, help="a chat model's folder, or the model file in it")
+    ckpt.add_model_args(p)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all networks (default: this machine)")
     p.add_argument("-p", "--port", type=int, default=8000, help="port to listen on (default: 8000)")
     p.add_argument("--timeout", type=float, default=300, help="seconds that an answer may take (default: 300)")
@@ -274,7 +262,7 @@ def main(argv=None) -> None:
         raise ValueError("--timeout and --max-waiting must be positive, and --port a port number")
     listening = free_socket(args.host, args.port)
     device = args.device_type or autodetect_device_type()
-    model, tokenizer, info, file = ckpt.load(args.checkpoint, device)
+    model, tokenizer, info, file = ckpt.load(ckpt.chosen_model(args), device)
     prepare_inference(model, device)
     check_chats(model, tokenizer)
     import uvicorn

@@ -12,6 +12,8 @@ and the gate of mode auto.
     python -m scripts.fractal_train --checkpoint \
         $NANOCHAT_BASE_DIR/fractal_checkpoints/d4_256_unfrozen --controls
 
+--teacher CHECKPOINT has whole passes learn from another model, too, such as the one before surgery.
+
 Each step is a full pass and, with --matryoshka, a narrow one at sampled widths and exits: --recipe says of which rows, and
 whether the narrow pass learns from the text or from the full one; some tokens of the full pass, where there is one, also
 learn to answer at its exit points. With --controls the model stays as it is, and gate and predictor learn on the passes that
@@ -20,16 +22,21 @@ tokenizer/ in fractal_checkpoints/<tag>_<width>[_unfrozen][_auto]/ under NANOCHA
 the same command resumes from, on any number of processes.
 """
 import argparse
-import functools
 import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat import distributed, stages
-from nanochat.common import cli, get_base_dir, get_rank, print0
+from nanochat.common import cli, find_device_type, get_base_dir, get_compute_dtype, get_rank, print0
 from nanochat.confidence_probe import budget_grid, by_frequency, calibrate_prices
 from nanochat.dataloader import DataLoader
 from nanochat.elastic_step import DEFAULT_RECIPE, RECIPES, TAUGHT, ElasticStep
-from nanochat.loss_eval import EXIT_WEIGHT, evaluate_bpb
+from nanochat.engine import prepare_inference
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import EXIT_WEIGHT, Original, evaluate_bpb
 from nanochat.mamba_block import announce_form
 from nanochat.mixture import default_data, prepare_mixture
 from nanochat.optim import setup_optimizers, state_bytes
@@ -55,6 +62,32 @@ def is_export_of(folder, step: int, source: str) -> bool:
         return False
     return (isinstance(provenance, dict) and (provenance.get("steps"), provenance.get("source_sha256")) == (step, source)
             and (folder / "model.pt").is_file())
+
+
+class Teacher(NamedTuple):
+    """The model of --teacher, which stays as it is: where its weights are, and its size in the compute dtype."""
+    config: GPTConfig
+    file: Path
+    bytes: int
+
+    @staticmethod
+    def find(path: str, config: GPTConfig, tokenizer, dtype: torch.dtype) -> "Teacher":
+        """ValueError for a model that cannot teach one of `config`: of another tokenizer or a shorter context."""
+        own, _, file = ckpt.find(path)
+        if ckpt.load_tokenizer(file.parent, own).fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"--teacher {path} has another tokenizer than the model, so its tokens mean something else: "
+                             "name the model that this one was made from")
+        if own.sequence_len < config.sequence_len:
+            raise ValueError(f"--teacher {path} has a context of {own.sequence_len} tokens, the model one of "
+                             f"{config.sequence_len}: name one with as long a context")
+        return Teacher(own, file, sum(p.numel() for p in ckpt.build_model(own, "meta").parameters()) * dtype.itemsize)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> GPT:
+        """The model, whole on every rank, without gradients."""
+        model = ckpt.build_model(self.config, "meta")
+        ckpt.load_state(model, ckpt.load_torch(self.file), self.file, device)
+        prepare_inference(model, device.type, dtype)
+        return model
 
 
 def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
@@ -92,6 +125,11 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
                         "straight-through Gumbel-softmax (default: value, the better one)")
     p.add_argument("--energy-lambda", type=float, default=1.0,
                    help="with --predictor gumbel: weight of the distance between a plan's cost and its budget (default: 1)")
+    p.add_argument("--teacher", default=None, metavar="CHECKPOINT",
+                   help="a model that stays as it is, such as the one before surgery: whole passes also learn what it says, "
+                        "so that what it knows is not lost")
+    p.add_argument("--teacher-weight", type=float, default=0.5,
+                   help="with --teacher: its share in what whole passes learn; the rest is the text (default: 0.5)")
     p.add_argument("--export", action="store_true",
                    help="write model.pt from the run's newest checkpoint, whole or not, and train no further")
     p.add_argument("--allow-slow-mamba", action="store_true",
@@ -120,6 +158,10 @@ def parse_args(argv) -> tuple[argparse.Namespace, set[str]]:
         raise ValueError("--draft-exit learns what the full pass of the same rows says, and a step of --recipe "
                          f"{args.recipe} has none: drop --draft-exit, "
                          f"or choose --recipe {', '.join(r for r in RECIPES if r in TAUGHT)}")
+    if args.teacher is not None and (args.controls or (args.matryoshka and args.recipe == "single")):
+        raise ValueError("--teacher teaches whole passes, and there are none with --controls or --recipe single: drop it")
+    if not 0 < args.teacher_weight <= 1:
+        raise ValueError(f"--teacher-weight is {args.teacher_weight}; it is a share above 0, at most 1")
     if args.student_every < 1:
         raise ValueError(f"--student-every is {args.student_every}; it must be at least 1")
     if args.lr_scale is None:
@@ -174,15 +216,20 @@ def say_without_effect(given: set[str], args, phase: str, groups: set[str]) -> N
         idle |= dict.fromkeys(("dim_levels", "recipe", "exit_weight"), "it is for --matryoshka")
     if args.recipe == "single":
         idle["exit_weight"] = "--recipe single has no full pass"
+    if args.teacher is None:
+        idle["teacher_weight"] = "it is for --teacher"
     if args.recipe != "every":
         idle["student_every"] = "it is for --recipe every"
     for name in sorted(given & idle.keys()):
         print0(f"note: {flag(name)} has no effect in phase {phase}: {idle[name]}")
 
 
-@cli
-def main(argv=None):
-    args, given = parse_args(argv)
+def train(args, given: set[str], folder: Path | None = None, watch=None, label: str | None = None) -> dict:
+    """
+    Trains as the flags say, writes the export into `folder` (None: see above), and returns the run's figures. watch: called
+    at every evaluation with (model, tokenizer, {mode: bits per byte}), and returns more figures to record. label: what the
+    export's provenance calls the training (None: its phase).
+    """
     config, info, file = ckpt.find(args.checkpoint)
     if ckpt.model_kind(config) != "hybrid":
         raise ValueError(f"{args.checkpoint} holds a base GPT: make a hybrid of it with "
@@ -198,14 +245,19 @@ def main(argv=None):
     args.tag = args.tag or info.get("tag", f"d{config.n_layer}")
     source_is_unfrozen = str(info.get("provenance", {}).get("trained", "")).startswith("unfrozen")
     suffix = ("_unfrozen" if args.unfreeze or (args.controls and source_is_unfrozen) else "") + "_auto" * args.controls
-    folder = get_base_dir() / "fractal_checkpoints" / f"{args.tag}_{config.n_embd}{suffix}"
+    folder = folder or get_base_dir() / "fractal_checkpoints" / f"{args.tag}_{config.n_embd}{suffix}"
     if folder.resolve() == file.parent.resolve():
         raise ValueError(f"{folder} is both the source and the destination: name another family with --tag")
     recipe = f"controls {args.predictor}" if args.controls else args.recipe if args.matryoshka else None
     workload = Workload(config, phase, stages.grown_from(info.get("provenance")) if boxes else None,
                         args.matryoshka and args.recipe in TAUGHT, recipe, args.sample_dim or not args.matryoshka,
                         args.draft_exit, args.exit_weight)
-    device, dtype, passes = derive_batch(args, T, folder, functools.partial(fit, workload))
+    dtype = get_compute_dtype(find_device_type(args.device_type))
+    teacher = None if args.teacher is None else Teacher.find(args.teacher, config, tokenizer, dtype)
+
+    def fit_beside(total, given, gpu):
+        return fit(workload, total, given, gpu._replace(memory=gpu.memory - (teacher.bytes if teacher else 0)))
+    device, dtype, passes = derive_batch(args, T, folder, fit_beside)
     rank, world = get_rank()
 
     model = ckpt.build_model(config, "meta")
@@ -218,6 +270,10 @@ def main(argv=None):
            "if everything were trained" + (f"; the old entries of {len(boxes)} tensors stay as they are" if boxes else ""))
     step = ElasticStep(model, args.seed, 1, recipe, args.sample_dim, levels, args.student_every, args.energy_lambda,
                        args.draft_exit, args.exit_weight)
+    if teacher is not None and not args.export:
+        print0(f"teacher {teacher.file}: {teacher.bytes / 1e9:.2f} GB on each device; its share in whole passes is "
+               f"{args.teacher_weight:g}")
+        step.original = Original(teacher.load(device, dtype), args.teacher_weight)
     step.steps = derive_length(args, trained, 20, step.flops_per_token(), lambda: measured_speed(
         workload, distributed.make_mesh("cpu"), args.device_batch_size, passes, dtype), device)
     print0(f"levels {', '.join(map(str, levels or config.levels))}"
@@ -265,7 +321,10 @@ def main(argv=None):
             out[mode] = evaluate_bpb(model, itertools.islice(val, rank, None, world), eval_steps, token_bytes,
                                      distributed.all_sum, widths=mode)
         print0("  " + ", ".join(f"{k} {v:.4f}" for k, v in out.items()))
-        return {"bpb": out[names[-1]], **out}  # the last is the full width
+        if rows := int(distributed.all_sum(step.unsupervised.clone())):
+            print0(f"  note: {rows} rows so far had no token to learn: their conversations are longer than a row")
+        more = watch(model, tokenizer, out) if watch else {}
+        return {"bpb": out[names[-1]], **out, **more}  # the last is the full width
 
     if args.export or run.finished:
         figures = run.meta["figures"]
@@ -281,7 +340,7 @@ def main(argv=None):
     ckpt.save_optimizers(folder / "optim.pt", optimizers)
     distributed.barrier()
     ckpt.save_export(folder, model, tokenizer, {
-        "tag": args.tag, "provenance": {"trained": suffix[1:] or phase, "steps": figures.get("steps", run.start),
+        "tag": args.tag, "provenance": {"trained": label or suffix[1:] or phase, "steps": figures.get("steps", run.start),
                                         "source_sha256": source, "from": info.get("provenance")},
         "figures": figures, "loader": run.loader,
         **({"calibration": uncalibrated(model, tokenizer, data)} if args.controls else {})})
@@ -290,6 +349,11 @@ def main(argv=None):
     print0(f"wrote {folder}{said}")
     distributed.leave()
     return figures
+
+
+@cli
+def main(argv=None):
+    return train(*parse_args(argv))
 
 
 if __name__ == "__main__":

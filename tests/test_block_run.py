@@ -358,7 +358,7 @@ def test_an_engine_answers_as_a_new_one_would(monkeypatch):
     def ask(engine, prompt, n=12, **options):
         options = {"temperature": 0} | options
         control = controls(model) if options.get("mode") == "auto" else None
-        return engine.generate(prompt, n, control=control, **options)
+        return engine.tokens(prompt, n, control=control, **options)
     engine, long, short = Engine(model, None), list(range(20, 60)), [7, 8, 9]
     cases = [(long, {}), (short, {"mode": "auto"}), (long, {"mode": "auto"}), (short, {"mode": "ghost"}),
              (short, {"depth": 1}), (long, {"lossless": True, "draft": 3}), (short, {"temperature": 1.0, "seed": 3}),

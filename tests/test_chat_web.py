@@ -75,7 +75,7 @@ def post(url, body):
 def expected(model, tokenizer, n, **options):
     ids = tokenizer.render_for_completion({"messages": [*HELLO, {"role": "assistant", "content": ""}]})
     stop = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
-    return "".join(visible_text(tokenizer, Engine(model, tokenizer).generate(ids, n, stop=stop, **options)))
+    return "".join(visible_text(tokenizer, Engine(model, tokenizer).tokens(ids, n, stop=stop, **options)))
 
 
 @pytest.mark.parametrize("mode", ["ghost", "think", None])
@@ -175,7 +175,8 @@ def test_too_many_waiting_requests_are_refused(model, tokenizer, monkeypatch):
     ({"messages": HELLO, "mode": "huge"}, "unknown mode"), ({"messages": HELLO, "budget": 0.5}, "mode auto only"),
     ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
     ({"messages": [{"role": "user", "content": "word " * 5000}]}, "shorten it"),
-    ({"messages": [{"role": "user", "content": "x" * 40000}]}, "content")])
+    ({"messages": [{"role": "user", "content": "x" * 40000}]}, "content"),
+    ({"messages": [{"role": ("user", "assistant")[i % 2], "content": "x" * 30000} for i in range(9)]}, "270,000 char")])
 def test_bad_requests_are_named(server, body, words):
     status, text = post(server[0] + "/v1/chat/completions", body)
     assert status == 400 and words in json.loads(text)["error"]["message"]

@@ -456,9 +456,9 @@ def test_untrained_controls_and_base_models_are_refused(hybrid, base):
         check_trained(hybrid)
     hybrid.predictor.init_weights()
     with pytest.raises(ValueError, match="predictor was never trained"):
-        list(Engine(hybrid, None).generate([1], 3, mode="auto"))
+        list(Engine(hybrid, None).tokens([1], 3, mode="auto"))
     with pytest.raises(ValueError, match="this is a base GPT"):
-        list(Engine(base, None).generate([1], 3, mode="auto"))
+        list(Engine(base, None).tokens([1], 3, mode="auto"))
 
 
 @pytest.mark.parametrize("options, words", [

@@ -2,15 +2,11 @@
 import pytest
 import torch
 
+from nanochat.chat import visible_text
 from nanochat.engine import Engine, prepare_inference
 from nanochat.mamba_block import FP32_PARAMS
 from nanochat.sampling import draw_tokens
-
-
-class Bytes:
-    """Stands where a tokenizer is: token i is byte i."""
-    def id_to_bytes(self, i):
-        return bytes([i])
+from nanochat.tokenizer import Tokenizer
 
 
 @torch.no_grad()
@@ -25,37 +21,37 @@ def greedy(model, prompt, n, mode):
 @pytest.mark.parametrize("mode", ["ghost", "whisper", "normal", "think", 32])
 def test_greedy_decode_equals_recomputation(hybrid, mode):
     prompt = [5, 17, 250, 3]
-    assert list(Engine(hybrid, None).generate(prompt, 20, mode=mode, temperature=0)) == greedy(hybrid, prompt, 20, mode)
+    assert list(Engine(hybrid, None).tokens(prompt, 20, mode=mode, temperature=0)) == greedy(hybrid, prompt, 20, mode)
 
 
 def test_base_models_generate_too(base):
-    assert list(Engine(base, None).generate([1, 2], 10, temperature=0)) == greedy(base, [1, 2], 10, "think")
+    assert list(Engine(base, None).tokens([1, 2], 10, temperature=0)) == greedy(base, [1, 2], 10, "think")
 
 
 def test_seeds_reproduce_and_differ(hybrid):
-    run = lambda seed: list(Engine(hybrid, None).generate([1], 30, temperature=1.0, seed=seed))  # noqa: E731
+    run = lambda seed: list(Engine(hybrid, None).tokens([1], 30, temperature=1.0, seed=seed))  # noqa: E731
     assert run(1) == run(1) != run(2)
 
 
 def test_stop_tokens_end_and_are_not_yielded(hybrid):
-    whole = list(Engine(hybrid, None).generate([1, 2, 3], 20, temperature=0))
+    whole = list(Engine(hybrid, None).tokens([1, 2, 3], 20, temperature=0))
     at = next(i for i in range(1, 20) if whole[i] not in whole[:i])
-    assert list(Engine(hybrid, None).generate([1, 2, 3], 20, temperature=0, stop=[whole[at]])) == whole[:at]
+    assert list(Engine(hybrid, None).tokens([1, 2, 3], 20, temperature=0, stop=[whole[at]])) == whole[:at]
 
 
 def test_generation_ends_at_the_models_context(hybrid):
-    assert len(list(Engine(hybrid, None).generate([1] * 60, 100))) == 64 - 60 + 1  # the last token needs no place
+    assert len(list(Engine(hybrid, None).tokens([1] * 60, 100))) == 64 - 60 + 1  # the last token needs no place
 
 
 @pytest.mark.parametrize("prompt, words", [([], "prompt is empty"), ([1] * 64, "64 tokens, but the model's context of 64")])
 def test_bad_prompts_are_named(hybrid, prompt, words):
     with pytest.raises(ValueError, match=words):
-        next(Engine(hybrid, None).generate(prompt, 5))
+        next(Engine(hybrid, None).tokens(prompt, 5))
 
 
 def test_unknown_modes_are_named(hybrid):
     with pytest.raises(ValueError, match="unknown mode 'auto-magic'"):
-        next(Engine(hybrid, None).generate([1], 5, mode="auto-magic"))
+        next(Engine(hybrid, None).tokens([1], 5, mode="auto-magic"))
 
 
 def frequencies(n=4000, **kwargs):
@@ -86,10 +82,10 @@ def test_sampling_parameters_out_of_range(bad):
 
 
 def test_text_streams_in_whole_characters():
-    data = "aé漢🙂".encode()
-    pieces = list(Engine(None, Bytes()).stream_text(data))
+    data, tokenizer = "aé漢🙂".encode(), Tokenizer([bytes([i]) for i in range(256)])
+    pieces = list(visible_text(tokenizer, data))
     assert "".join(pieces) == "aé漢🙂" and [p for p in pieces if p] == list("aé漢🙂")
-    assert "".join(Engine(None, Bytes()).stream_text(data[:-1])).endswith("\ufffd")
+    assert "".join(visible_text(tokenizer, data[:-1])).endswith("\ufffd")
 
 
 def test_inference_weights_are_bf16_except_the_ssm_and_the_controls(hybrid, tokens, monkeypatch):
@@ -139,7 +135,7 @@ def test_ragged_batch_equals_single_rows_token_for_token(hybrid):
 
 def test_depth_equals_the_parallel_form(hybrid):
     prompt, n = [5, 17, 250, 3], 12
-    got = list(Engine(hybrid, None).generate(prompt, n, depth=3, temperature=0))
+    got = list(Engine(hybrid, None).tokens(prompt, n, depth=3, temperature=0))
     ids = prompt + got
     exits = torch.tensor([[6] * 3 + [3] * (n + 1)])  # the prompt's last token is the first that generates
     want = hybrid(torch.tensor([ids]), exits=exits).argmax(-1)[0, 3:-1]
@@ -150,20 +146,20 @@ def test_a_row_draws_the_same_whatever_is_beside_it(hybrid):
     engine = Engine(hybrid, None)
     together = collect(engine, PROMPTS[:3], 20, temperature=1.0, top_k=20, seed=5)
     for r in range(3):
-        assert together[r] == list(engine.generate(PROMPTS[r], 20, temperature=1.0, top_k=20, seed=5 + r))
+        assert together[r] == list(engine.tokens(PROMPTS[r], 20, temperature=1.0, top_k=20, seed=5 + r))
 
 
 def test_a_full_context_slides_on_request(hybrid):
     """It goes on from the last half of the context, as if that had been the prompt."""
     engine, prompt = Engine(hybrid, None), [3] * 50
-    got = list(engine.generate(prompt, 40, temperature=0, overflow="slide"))
+    got = list(engine.tokens(prompt, 40, temperature=0, overflow="slide"))
     assert len(got) == 40
     ids = prompt + got
     first = 64 - 50 + 1  # tokens until the context was full
-    again = list(engine.generate(ids[50 + first - 32:50 + first], 40 - first, temperature=0))
+    again = list(engine.tokens(ids[50 + first - 32:50 + first], 40 - first, temperature=0))
     assert got[first:] == again
     mixed = collect(engine, [prompt, [1, 2]], 40, temperature=0, overflow="slide")
-    assert mixed == [got, list(engine.generate([1, 2], 40, temperature=0))]
+    assert mixed == [got, list(engine.tokens([1, 2], 40, temperature=0))]
 
 
 @pytest.mark.parametrize("options, words", [
@@ -173,7 +169,7 @@ def test_a_full_context_slides_on_request(hybrid):
     ({"overflow": "wrap"}, "choose 'stop' or 'slide'")])
 def test_bad_options_are_named(hybrid, options, words):
     with pytest.raises(ValueError, match=words):
-        list(Engine(hybrid, None).generate([1], 3, **options))
+        list(Engine(hybrid, None).tokens([1], 3, **options))
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "ghost"}, {"depth": 2}, {"mode": ["think", "ghost", "normal"]}])

@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from conftest import language_parameters
 
-from nanochat.loss_eval import CHUNK, EXIT_WEIGHT, Student, evaluate_bpb, head_logits, head_loss, matryoshka_backward
+from nanochat.loss_eval import (
+    CHUNK,
+    EXIT_WEIGHT,
+    Original,
+    Student,
+    evaluate_bpb,
+    head_logits,
+    head_loss,
+    matryoshka_backward,
+)
 
 CAP = 15.0
 
@@ -49,6 +58,40 @@ def test_distillation_and_gradients_equal_the_plain_ones(text):
     assert head_loss(teacher, w, y, CAP, teacher, text=text).item() == pytest.approx(alone, abs=1e-12)
     each = head_loss(h, w, y, CAP, teacher, "none", text)
     assert each.sum().item() / int((y >= 0).sum()) == pytest.approx(got.item()) and not each[y.flatten() < 0].any()
+
+
+def test_another_models_head_teaches_from_states_of_another_width():
+    h, w, y, _ = problem()
+    g = torch.Generator().manual_seed(5)
+    states = torch.randn(*h.shape[:-1], 7, generator=g, dtype=h.dtype)
+    head = torch.nn.Linear(7, len(w), bias=False, dtype=h.dtype)
+    head.softcap = 2 * CAP
+    log_p = torch.log_softmax(head_logits(h, w, CAP), -1)
+    log_q = torch.log_softmax(head_logits(states, head.weight.detach(), 2 * CAP), -1)
+    each = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)[y >= 0]
+    want = 0.75 * each.mean() + 0.25 * head_loss(h, w, y, CAP)
+    got = head_loss(h, w, y, CAP, states, text=0.25, teacher_head=head)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(got, (h, w)), torch.autograd.grad(want, (h, w))):
+        torch.testing.assert_close(a, b)
+    assert head.weight.grad is None
+
+
+def test_the_full_pass_learns_from_the_original_and_the_narrow_one_from_the_full_pass(hybrid, base, tokens):
+    """Against the same losses written out with autograd."""
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    out = matryoshka_backward(hybrid, x, y, [Student(widths="ghost")], 1.0, original=Original(base, 0.25))
+    got = {n: p.grad.clone() for n, p in hybrid.named_parameters() if p.grad is not None}
+    hybrid.zero_grad()
+    logits = hybrid(x)
+    full, narrow, said = (torch.log_softmax(v.flatten(0, 1), -1) for v in (logits, hybrid(x, widths="ghost"), base(x)))
+    kept = F.kl_div(full, said.detach(), log_target=True, reduction="batchmean")
+    text = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    shrunk = F.kl_div(narrow, full.detach(), log_target=True, reduction="batchmean")
+    torch.testing.assert_close(out["loss"], (0.25 * kept + 0.75 * text).detach())
+    (0.25 * kept + 0.75 * text + shrunk).backward()
+    assert got and all(torch.allclose(g, dict(hybrid.named_parameters())[n].grad, atol=2e-5) for n, g in got.items())
+    assert all(p.grad is None for p in base.parameters())
 
 
 def test_bf16_is_near_fp64():

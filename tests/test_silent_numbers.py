@@ -73,7 +73,7 @@ def test_the_smallest_temperature_is_greedy():
 @pytest.mark.parametrize("seed", [2**63, -2**63 - 1])
 def test_a_seed_that_no_generator_takes(hybrid, seed):
     with pytest.raises(ValueError, match=r"seed .* is out of range"):
-        next(Engine(hybrid, None).generate([1], 2, seed=seed))
+        next(Engine(hybrid, None).tokens([1], 2, seed=seed))
 
 
 # --- one path

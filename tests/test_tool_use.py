@@ -94,7 +94,7 @@ def recomputed(model, prompt, n, tokenizer, widths=None):
 
 def calls_of(model, prompt, n=24, widths=None, at=3):
     """A stand-in whose tool is called by what this model writes: its greedy tokens number `at` and `at` + 2."""
-    ids = list(Engine(model, None).generate(prompt, n, mode=widths, temperature=0))
+    ids = list(Engine(model, None).tokens(prompt, n, mode=widths, temperature=0))
     return StandIn(ids[at], ids[at + 2])
 
 
@@ -103,7 +103,7 @@ def test_forced_tokens_equal_recomputation_in_every_mode(hybrid, mode):
     tokenizer = calls_of(hybrid, PROMPTS[0], widths=mode)
     want = recomputed(hybrid, PROMPTS[0], 24, tokenizer, mode)
     assert any(want[i:i + 5] == [40, *RESULT, 44] for i in range(24))
-    assert list(Engine(hybrid, tokenizer).generate(PROMPTS[0], 24, mode=mode, temperature=0)) == want
+    assert list(Engine(hybrid, tokenizer).tokens(PROMPTS[0], 24, mode=mode, temperature=0)) == want
     assert Engine(hybrid, tokenizer).answers(PROMPTS, 24, mode=mode, temperature=0)[0] == want
 
 
@@ -112,7 +112,7 @@ def test_rows_of_a_batch_call_the_tool_each_for_itself(hybrid):
     engine = Engine(hybrid, tokenizer)
     alone = [engine.answers([p], 24, temperature=0)[0] for p in PROMPTS]
     assert engine.answers(PROMPTS, 24, temperature=0) == alone == [recomputed(hybrid, p, 24, tokenizer) for p in PROMPTS]
-    sampled = [list(engine.generate(p, 40, temperature=1.0, seed=3 + r)) for r, p in enumerate(PROMPTS)]
+    sampled = [list(engine.tokens(p, 40, temperature=1.0, seed=3 + r)) for r, p in enumerate(PROMPTS)]
     assert engine.answers(PROMPTS, 40, temperature=1.0, seed=3) == sampled
 
 
@@ -140,7 +140,7 @@ def test_mode_auto_with_the_tool(hybrid):
 def test_a_result_is_forced_across_a_slide(hybrid):
     prompt, first = [3] * 56, 64 - 56 + 1  # the context is full after so many tokens
     tokenizer = calls_of(hybrid, prompt, n=first, at=first - 4)
-    got = list(Engine(hybrid, tokenizer).generate(prompt, 30, temperature=0, overflow="slide"))
+    got = list(Engine(hybrid, tokenizer).tokens(prompt, 30, temperature=0, overflow="slide"))
     at = next(i for i in range(30) if got[i:i + 5] == [40, *RESULT, 44])
     assert at < first < at + 5
     ids = prompt + got[:at + 5]

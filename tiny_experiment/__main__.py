@@ -8,7 +8,6 @@ ones at no loss of accuracy, on instances that were never trained on, and beat s
 
 It runs on one GPU where there is one (--device-type cpu keeps it on the CPU), on a CPU in two processes.
 
-
 Writes report.json, report.md, plots and the models (`python -m scripts.chat_cli --checkpoint .../model_0 --mode auto
 --trace -p "copy qzkf="`), and prints a verdict for each claim: PASS or FAIL with the figure.
 """

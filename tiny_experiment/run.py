@@ -437,7 +437,7 @@ def time_answers(engine: Engine, judge: Judge, encoder: Encoder, n: int) -> dict
         for (mode, most), taken in times.items():
             for k, prompt in enumerate((prompts[r - 1], *prompts[r:r + 15])):
                 start = time.perf_counter()
-                list(engine.generate(prompt, most, mode=mode, temperature=0, stop=(encoder.end,)))
+                list(engine.tokens(prompt, most, mode=mode, temperature=0, stop=(encoder.end,)))
                 if k:  # the first one finds the caches as the other mode has left them
                     taken.append(time.perf_counter() - start)
     ms = {mode or "full": [1e3 * statistics.mean(times[mode, most]) for most in (1, 12)] for mode in (None, "auto")}

@@ -97,13 +97,6 @@ class TaskMixture(Task):
         return self.tasks[task][i]
 
 
-class TaskSequence(TaskMixture):
-    """Several tasks' conversations one task after the other: a curriculum."""
-    def __init__(self, tasks: Sequence[Task]):
-        super().__init__(tasks)
-        self.index.sort()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 

@@ -10,8 +10,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from nanochat.chat import stop_tokens
-from nanochat.common import Progress
+from nanochat.common import Progress, get_rank
+from nanochat.confidence_probe import pad
+from nanochat.distributed import all_sum
 from nanochat.engine import Compute, Engine, total_flops
 from nanochat.tasks.common import Task
 
@@ -48,6 +52,30 @@ def letter_ids(tokenizer, conversation: dict) -> list[int]:
                              "choice needs one: use a tokenizer that was trained on more text")
         out.append(ids[0])
     return out
+
+
+@torch.no_grad()
+def choose_in_passes(model, tokenizer, task: Task, count: int, batch_size: int, widths=None) -> float:
+    """
+    The share of right answers to a categorical task's first `count` problems, by plain forward passes, as a model in
+    training can make them, sharded over ranks or not: all ranks call and get the same. A question too long for the model
+    is wrong.
+    """
+    rank, world = get_rank()
+    problems = [task[i] for i in range(count)]
+    asked = [(tokenizer.render_for_completion(c), c) for c in problems]
+    asked = sorted((a for a in asked if len(a[0]) <= model.config.sequence_len), key=lambda a: len(a[0]))
+    batches = [asked[i:i + batch_size] for i in range(0, len(asked), batch_size)]
+    right = 0
+    for at in range(0, len(batches), world):
+        mine = batches[at + rank] if at + rank < len(batches) else batches[0]  # all ranks make as many passes
+        ids, valid = pad([prompt for prompt, _ in mine], model.device)
+        h = model.hidden(ids, widths)
+        logits = model.lm_head(h[torch.arange(len(mine), device=h.device), valid.sum(1) - 1])
+        for row, (_, conversation) in zip(logits.tolist(), mine):
+            best = max(zip(letter_ids(tokenizer, conversation), conversation["letters"]), key=lambda pair: row[pair[0]])
+            right += at + rank < len(batches) and task.evaluate(conversation, best[1])
+    return float(all_sum(torch.tensor(float(right), device=model.device))) / max(1, count)
 
 
 class Judge:
@@ -87,7 +115,7 @@ class Judge:
         repeated = [p for p in prompts for _ in range(n)]
         began = time.perf_counter()
         rows = self.engine.answers(repeated, s.max_tokens, temperature=s.temperature, top_k=s.top_k, stop=self.stop,
-                                   seed=s.seed + n * batch[0][0], **asdict(self.compute))
+                                   seed=[s.seed + n * i + k for i, _ in batch for k in range(n)], **asdict(self.compute))
         seconds = (time.perf_counter() - began) / len(batch)
         for b, (i, conversation) in enumerate(batch):
             mine = range(b * n, (b + 1) * n)

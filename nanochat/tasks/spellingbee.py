@@ -46,10 +46,10 @@ class SpellingBee(Task):
     name = "SpellingBee"
     baseline = 0.0
 
-    def __init__(self, split: str, data: str | None = None, fetch: bool = False, size: int = 256):
+    def __init__(self, split: str, data: str | None = None, fetch: bool = False, size: int | None = None):
         """
         data: a .txt with a word on each line (nanochat's has 370,000); anything else means the 400 embedded words. There is
-        nothing to fetch.
+        nothing to fetch. size: how many problems (None: 256 to test, 20,000 to train).
         """
         if split not in ("train", "test"):
             raise ValueError(f"SpellingBee has no split '{split}': choose train or test")
@@ -58,6 +58,7 @@ class SpellingBee(Task):
         self.words = [w for w in words if w.isascii() and w.isalpha()]
         if not self.words:
             raise ValueError(f"{data} holds no words of letters alone: give a file with a word on each line")
+        size = size or {"train": 20_000, "test": 256}[split]
         self.size, self.offset, self.embedded = size, TEST_OFFSET * (split == "test"), False
 
     def __len__(self):
