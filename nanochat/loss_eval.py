@@ -332,17 +332,27 @@ def gate_loss(model, shadow: Shadow, full: torch.Tensor, targets: torch.Tensor) 
                                           reduction="none").view(len(states), -1)
     logits = torch.stack([model.gate(h, c.exit_points.index(i)) for (i, _, _), h in zip(shadow.seen, states[1:])])
     labels = torch.stack([(loss <= own + c.exit_tau).float() for loss in losses])
-    here, sure = torch.stack([here for _, _, here in shadow.seen]), torch.sigmoid(logits.detach())
-    pairs = int(here.sum())
-    if logits.device.type == "cpu":
-        chosen, wanted, weight = logits[here], labels[here], None
-    else:  # the number of pairs is no shape on a device, or it would have to be waited for
-        chosen, wanted, weight = logits, labels, to_device(here, logits.device).float()
-    loss = F.binary_cross_entropy_with_logits(chosen, wanted, weight, reduction="sum")
-    off = (torch.sigmoid(chosen.detach()) - wanted).square()
-    brier = (off if weight is None else off * weight).sum()
-    n = max(1, pairs)  # there is nothing to look at where no token is supervised
-    return loss / n, {"brier": brier / n, "pairs": pairs, "confidence": sure, "label": labels, "here": here}
+    here = torch.stack([here for _, _, here in shadow.seen])
+    loss, brier = mean_over_pairs(logits, labels, here, select=logits.device.type == "cpu")
+    return loss, {"brier": brier, "pairs": int(here.sum()), "confidence": torch.sigmoid(logits.detach()), "label": labels,
+                  "here": here}
+
+
+def mean_over_pairs(logits: torch.Tensor, labels: torch.Tensor, here: torch.Tensor,
+                    select: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Binary cross-entropy and Brier score of logits against labels, both (points, M), over the pairs in `here`, (points, M)
+    bool on the CPU; 0 where there are none. select: these are taken out first, else all are computed and weighted by 0 or 1:
+    on a GPU the number of pairs would be a shape that the CPU has to wait for.
+    """
+    weight, n = None, max(1, int(here.sum()))
+    if select:
+        logits, labels = logits[here], labels[here]
+    else:
+        weight = to_device(here, logits.device).float()
+    loss = F.binary_cross_entropy_with_logits(logits, labels, weight, reduction="sum")
+    off = (torch.sigmoid(logits.detach()) - labels).square()
+    return loss / n, (off if weight is None else off * weight).sum() / n
 
 
 def predictor_loss(model, x, y, starts, budget: float, temperature: float, generator, rank: int = 0,

@@ -17,6 +17,7 @@ import ctypes
 import importlib.util
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -49,7 +50,6 @@ _load()
 
 import collections
 import contextlib
-import traceback
 import types
 
 import torch
@@ -100,9 +100,13 @@ class FakeGPU(TorchDispatchMode):
 
     def _wait(self, kind: str) -> None:
         setattr(self.counts, kind, getattr(self.counts, kind) + 1)
-        ours = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_stack()
-                if Path(f.filename).parent.name in ("nanochat", "scripts", "tiny_experiment", "kernels")]
-        self.counts.where[f"{kind} {' < '.join(reversed(ours[-2:]))}"] += 1
+        ours, frame = [], sys._getframe(1)
+        while frame is not None and len(ours) < 2:
+            folder, name = frame.f_code.co_filename.rsplit("/", 2)[-2:] if "/" in frame.f_code.co_filename else ("", "")
+            if folder in ("nanochat", "scripts", "tiny_experiment", "kernels"):
+                ours.append(f"{name}:{frame.f_lineno}")
+            frame = frame.f_back
+        self.counts.where[f"{kind} {' < '.join(ours)}"] += 1
 
     def _dummy(self, t: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """What the CPU reads of a tensor."""

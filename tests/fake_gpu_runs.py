@@ -34,7 +34,7 @@ ROWS = 8
 
 
 def train(gpu, recipe: str | None, phase: str, sample: bool = True, checkpointing: bool = True, big: bool = False,
-          draft_exit: int | None = None, steps: int = 3, optimizer: str = "muon") -> dict:
+          draft_exit: int | None = None, steps: int = 2, optimizer: str = "muon") -> dict:
     """{'pass', 'rest'}: the counts of the last step's pass and of all else in it."""
     config, boxes = HybridConfig.preset("d32") if big else SMALL, None
     if phase == "stage 2":
@@ -152,7 +152,7 @@ def tiny(gpu) -> dict:
     examined = run.examine_gate(judge, 0.7, [[0.7, 1.0]])
     texts, _ = run.generate_all(Engine(model, None), judge, encoder, mode=16)
     assert len(texts) == 12 and len(history) == 2 and len(control_history) == 1
-    return {"pairs": sum(examined["confusion"].values())}
+    return {"pairs": sum(n for _, _, n in examined["curve"])}
 
 
 def mixed(gpu) -> dict:
