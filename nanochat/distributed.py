@@ -128,9 +128,12 @@ def compile_blocks(model, backend: str = "inductor") -> None:
     """
     Compiles each block's forward as one graph, with one static variant per level that it meets. Blocks of one kind share
     the compiled code, so the number of variants does not grow with depth, but a level has several: with and without value
-    embeddings, exits, and gradients of its input and of anything. tests/test_compile.py counts at most half of the limit.
+    embeddings and exits, with gradients of nothing, of weights, or of the input too, and for up to three numbers of rows
+    (recipe both). tests/test_compile.py counts at most half of the limit.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 24 * len(model.config.levels))
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64 * len(model.config.levels))
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, dynamo.recompile_limit)
     for block in model.transformer.h:
         compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
         block.forward = functools.partial(_compiled, compiled, block.forward)
