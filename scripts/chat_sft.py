@@ -16,9 +16,10 @@ from pathlib import Path
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, find_device_type, get_base_dir, get_rank, print0
-from nanochat.distributed import first_alone
+from nanochat.distributed import everyone, first_alone
 from nanochat.engine import Compute, Engine
 from nanochat.mixture import DEFAULT_CHATS, MULTIPLE_CHOICE, TOOL_USE
+from nanochat.owner import gives_back, own
 from nanochat.tasks import BENCHMARKS, make
 from nanochat.tasks.evaluate import Judge, Sampling, chat_core, choose_in_passes
 from scripts import fractal_train
@@ -47,9 +48,21 @@ class Watch:
             print0("  ChatCORE " + ", ".join(f"{mode} {core:.4f}" for mode, core in cores.items()))
         mean = sum(bpb.values()) / len(bpb)
         if self.best is None or mean < self.best:
-            self.best = mean
-            ckpt.save_export(self.folder, model, tokenizer, self.info | {"best_bpb": mean})
+            self.keep(model, tokenizer, mean)
         return {f"ChatCORE_{mode}": core for mode, core in cores.items()}
+
+    def keep(self, model, tokenizer, mean: float) -> None:
+        """Writes the best model so far. That it cannot be written (a full disk) is said and ends no training."""
+        fault = None
+        try:
+            ckpt.save_export(self.folder, model, tokenizer, self.info | {"best_bpb": mean})
+        except OSError as e:
+            fault = e.strerror or str(e)
+        faults = [f for f in everyone(fault) if f]
+        if faults:
+            print0(f"warning: {faults[0]}; training goes on, and {self.folder} keeps the best model before")
+        else:
+            self.best = mean
 
     def core(self, model, tokenizer, mode: str) -> float:
         scores = {}
@@ -74,7 +87,8 @@ def parse_args(argv) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("--data", default=None,
                    help=f"as in fractal_train (default: on a GPU {HUB_DATA}, on a CPU {EXAMPLES}, which only shows that it "
                         "works)")
-    p.add_argument("--num-iterations", type=int, default=STEPS, help=f"optimizer steps (default: {STEPS}, nanochat-d32's)")
+    p.add_argument("--num-iterations", type=int, default=None,
+                   help=f"optimizer steps (default: {STEPS}, nanochat-d32's, or what --target-hours allows)")
     p.add_argument("--total-batch-size", type=int, default=None,
                    help=f"tokens per optimizer step (default: {ROWS} rows, nanochat's)")
     p.add_argument("--init-lr-frac", type=float, default=0.02,
@@ -102,6 +116,7 @@ def judged_tasks(args, generative: bool) -> list:
 
 
 @cli
+@gives_back
 def main(argv=None) -> dict:
     args, rest = parse_args(argv)
     path = ckpt.chosen_model(args)
@@ -113,9 +128,11 @@ def main(argv=None) -> dict:
     device = find_device_type(args.device_type)
     data = args.data or (HUB_DATA if device == "cuda" else EXAMPLES)
     total = args.total_batch_size or ROWS * config.sequence_len
+    timed = any(flag.startswith("--target-hours") for flag in rest)
+    steps = STEPS if args.num_iterations is None and not timed else args.num_iterations
     training, given = fractal_train.parse_args([
         "--checkpoint", str(path), "--unfreeze", "--matryoshka", "--sample-dim", "--data", data,
-        "--num-iterations", str(args.num_iterations), "--total-batch-size", str(total),
+        *(["--num-iterations", str(steps)] if steps is not None else []), "--total-batch-size", str(total),
         "--lr-scale", str(args.init_lr_frac), "--warmdown-ratio", "1", "--eval-every", str(args.eval_every),
         "--tag", f"{info.get('tag', name)}_sft", "--device-type", device, *rest])
     compiled = device == "cuda" if training.compile is None else training.compile
@@ -123,6 +140,7 @@ def main(argv=None) -> dict:
     tasks = first_alone(lambda: judged_tasks(args, generative))
     print0("ChatCORE while training: " + (", ".join(t.name for t in tasks) or "none"))
     best = folder.with_name(f"{name}_best")
+    own(folder), own(best)  # the first rank alone as yet; where it is refused, torchrun ends the others
     if training.fresh and get_rank()[0] == 0:
         ckpt.remove_leftovers(best, everything=True)
     watch = Watch(best, tasks, (args.chatcore_max_cat, args.chatcore_max_sample), training.device_batch_size, {

@@ -13,6 +13,7 @@ import tiktoken.load
 from nanochat.common import cli, get_base_dir, print0
 from nanochat.dataset import DEFAULT_HUB, add_skip_arg, prepare
 from nanochat.hub import DEFAULT_SHARDS
+from nanochat.owner import gives_back, own
 from nanochat.shards import EMBEDDED, iter_texts
 from nanochat.tokenizer import Tokenizer, check_vocab_size, cut_spaces
 
@@ -47,12 +48,13 @@ def cached_encoding(name: str) -> tiktoken.Encoding | None:
 
 
 @cli
+@gives_back
 def main(argv=None) -> None:
     args = parse_args(argv)
     check_vocab_size(args.vocab_size)
     if args.max_chars < 1:
         raise ValueError(f"--max-chars {args.max_chars} leaves no text: give at least 1")
-    out = args.out or get_base_dir() / "tokenizer"
+    out = own(args.out or get_base_dir() / "tokenizer")
     folder = prepare(args.data, num_shards=args.num_shards, skip_bad_rows=args.skip_bad_rows)
     start = time.perf_counter()
     tokenizer = Tokenizer.train_from_iterator(iter_texts(folder, "train", args.max_chars), args.vocab_size)
