@@ -140,7 +140,7 @@ def compile_blocks(model, backend: str = "inductor") -> None:
     (recipe both). tests/test_compile.py counts at most half of the limit.
     """
     dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 64 * len(model.config.levels))
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 32 * len(model.config.levels))
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, dynamo.recompile_limit)
     for block in model.transformer.h:
         compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)

@@ -34,8 +34,8 @@ ROWS = 8
 
 
 def train(gpu, recipe: str | None, phase: str, sample: bool = True, checkpointing: bool = True, big: bool = False,
-          draft_exit: int | None = None, steps: int = 1, optimizer: str = "muon") -> dict:
-    """{'pass', 'rest'}: the counts of the last step's pass and of all else in it, the first by default."""
+          draft_exit: int | None = None, optimizer: str = "muon") -> dict:
+    """{'pass', 'rest'}: the counts of a step's pass and of all else in it, the zeroing of gradients apart."""
     config, boxes = HybridConfig.preset("d32") if big else SMALL, None
     if phase == "stage 2":
         old, config = config, grown_config(config, 320)
@@ -50,18 +50,16 @@ def train(gpu, recipe: str | None, phase: str, sample: bool = True, checkpointin
     x, y = (torch.empty(ROWS, config.sequence_len, dtype=torch.int64, device="cuda") for _ in range(2))
     live = torch.ones(y.shape, dtype=torch.bool)
     step, out = ElasticStep(model, 0, 10, recipe, sample, student_every=1, draft_exit=draft_exit), {}
-    for i in range(steps):
-        gpu.reset()
-        share = shares([live])[0]
-        losses = step(i, x, y, share)
-        out["pass"], out["operators"] = gpu.counts.per(), gpu.counts.operators.most_common(30)
+    gpu.reset()
+    losses = step(2, x, y, shares([live])[0])
+    out["pass"], out["operators"] = gpu.counts.per(), gpu.counts.operators.most_common(30)
+    for _ in range(2):  # the first time makes the optimizers' state
         gpu.reset()
         reduce_whole(model.parameters())
         float(gradient_norm(model.parameters()))
         _over_ranks(losses, None, model.device)
         for o in optimizers:
             o.step()
-        model.zero_grad(set_to_none=True)
         out["rest"] = gpu.counts.per()
     return out
 

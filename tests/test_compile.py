@@ -80,9 +80,7 @@ def variants() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe, phase, options", [
     ("lean", "stage 1", {}), ("both", "unfrozen", {}), ("both", "stage 1", {"sample": False, "draft_exit": 2}),
-    ("half", "unfrozen", {}), ("single", "unfrozen", {}), (None, "unfrozen", {}), ("controls value", "controls", {}),
-    ("controls gumbel", "controls", {})])
+    ("controls value", "controls", {}), ("controls gumbel", "controls", {})])
 def test_every_recipe_compiles_whole_and_far_from_the_limit(counter, recipe, phase, options):
     run_steps(counter, recipe, phase, 5, **options)
-    print(f"{recipe}, {phase}: {variants()} variants of one kind of block, {counter.frame_count} in all")
     assert 0 < variants() <= torch._dynamo.config.recompile_limit / 2
