@@ -107,6 +107,13 @@ class Progress:
         return time.perf_counter() - self.start
 
 
+def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """t on the device. To a GPU it goes by way of pinned memory, so that the CPU does not wait for what runs there."""
+    if torch.device(device).type != "cuda" or t.device.type != "cpu":
+        return t.to(device)
+    return t.pin_memory().to(device, non_blocking=True)
+
+
 def autodetect_device_type() -> str:
     """'cuda' where there is one, else 'cpu'."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -68,6 +68,7 @@ class DataLoader:
         self._staging = [torch.empty((2, batch_size, seq_len), dtype=torch.int64, pin_memory=True)
                          for _ in range(2 if self.device.type == "cuda" else 0)]
         self._copied = [None] * len(self._staging)
+        self.live = None  # which targets of the last batch are supervised, (B, T) bool on the CPU, whatever the device
         self.reset()
         if state is not None:
             self._load_state(state, accept_changed)
@@ -100,6 +101,7 @@ class DataLoader:
         self.rows += self.batch_size
         x, y = self._rows[:, :-1], self._rows[:, 1:]
         x, y = x ^ (x >> 63), y.clamp(min=-1)  # ~v where v < 0; see packing.py
+        self.live = y >= 0
         if self.device.type != "cuda":
             return x.to(self.device), y.to(self.device)
         slot = self.rows // self.batch_size % 2

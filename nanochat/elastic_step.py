@@ -70,17 +70,18 @@ class ElasticStep:
     def __call__(self, step: int, x: torch.Tensor, y: torch.Tensor, share: Share) -> dict:
         model, config, (rows, T), (rank, world) = self.model, self.model.config, x.shape, get_rank()
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + step + share.number * PASSES_APART)
-        self.unsupervised = self.unsupervised.to(y.device) + (y < 0).all(1).sum()
+        live = (y >= 0).cpu() if share.live is None else share.live
+        self.unsupervised = self.unsupervised + (~live).all(1).sum()
         full = (self.flops(None, 1) + self.original_flops()) * x.numel()
         drafts = [] if self.draft_exit is None else [Student(exits=torch.full((rows, T), self.draft_exit), label="draft")]
         if self.recipe is None:
-            losses = matryoshka_backward(model, x, y, drafts, share.tokens, original=self.original)
+            losses = matryoshka_backward(model, x, y, drafts, share.tokens, original=self.original, live=live)
             return {k: v * share.tokens for k, v in losses.items()} | {"flops": full + self.student_flops(drafts, x)}
         splits = random_splits(rows * world, T, g)
         if self.recipe.startswith("controls"):
             temperature = gumbel_temperature(step, self.steps) if self.recipe == "controls gumbel" else None
             mine = splits[rank::world]
-            behind = (y.cpu() >= 0) & (torch.arange(T) >= mine[:, None] - 1)
+            behind = live & (torch.arange(T) >= mine[:, None] - 1)
             at = tokens_of_rows(behind, CONTROL_TOKENS, g, rank, world)
             losses = controls_backward(model, x, y, mine, g, temperature, scale=share.passes,
                                        energy_weight=self.energy_weight, at=at, rank=rank, world=world, reduce=all_sum)
@@ -89,7 +90,7 @@ class ElasticStep:
             # no row expands: these recipes learn more for expanded caches, too, at fixed widths (dev/LOG.md)
             student = sample_students(config, rows, T, splits, g, 0, rank, world, self.levels)[0]
             whole = 0 if self.recipe == "single" else len(range(rank, rows * world // 2, world))  # of this rank's rows
-            weight = share.tokens / max(1, int((y >= 0).sum()))
+            weight = share.tokens / max(1, int(live.sum()))
             out = {"loss": 0.0, "flops": 0.0}
 
             def note(label, loss, weight):
@@ -103,13 +104,13 @@ class ElasticStep:
                         _, teacher = model(x1, y1)
                     out["flops"] += self.looking_flops() * x1.numel()
                 loss, _ = model(x1, y1, widths=student.widths, exits=student.exits[whole:], teacher=teacher, text=TEXT_SHARE)
-                own = weight * int((y1 >= 0).sum())
+                own = weight * int(live[whole:].sum())
                 (loss * own).backward()
                 out["loss"] += note(f"narrow_{student.label}", loss, own)
             if whole:
-                at = tokens_of_rows(y >= 0, PROBED, g, rank, world)
+                at = tokens_of_rows(live, PROBED, g, rank, world)
                 x1, y1, here = x[:whole], y[:whole], at[at < whole * T]
-                own, probed = weight * int((y1 >= 0).sum()), share.probed * len(here) / max(1, len(at))
+                own, probed = weight * int(live[:whole].sum()), share.probed * len(here) / max(1, len(at))
                 losses = matryoshka_backward(model, x1, y1, [], own, exit_at=here if self.exit_weight else None,
                                              at_scale=probed, exit_weight=self.exit_weight, original=self.original)
                 out["flops"] += ((self.flops(None, 1) + self.original_flops()) * x1.numel()
@@ -118,12 +119,12 @@ class ElasticStep:
                 if self.exit_weight:
                     note("exits", losses["exits"], probed)
             return out
-        at = tokens_of_rows(y >= 0, PROBED, g, rank, world)
+        at = tokens_of_rows(live, PROBED, g, rank, world)
         students = self._students(step, rows, T, splits, g, rank, world) + drafts
         by_width = {}
         losses = matryoshka_backward(model, x, y, students, share.tokens, at if config.exit_points else None,
                                      at if self.exit_weight else None, share.probed, by_width, self.exit_weight,
-                                     self.original)
+                                     self.original, live)
         weights = {"gate": share.probed, "exits": share.probed}
         out = {k: v * weights.get(k, share.tokens) for k, v in losses.items()}
         for width, (loss, weight) in by_width.items():

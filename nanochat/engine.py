@@ -20,7 +20,7 @@ import torch
 
 from nanochat.cache import MatryoshkaKVCache
 from nanochat.chat import stop_tokens
-from nanochat.common import get_compute_dtype, print0
+from nanochat.common import get_compute_dtype, print0, to_device
 from nanochat.confidence_probe import Controls, check_trained, pad
 from nanochat.hybrid_gpt import stays_fp32
 from nanochat.mamba_block import announce_form
@@ -296,7 +296,7 @@ class Engine:
         def step(idx=None, resume=None):
             look()
             if idx is None:
-                idx = torch.tensor([text[r][-1:] for r in live], device=device)
+                idx = to_device(torch.tensor([text[r][-1:] for r in live]), device)
             h = model.hidden(idx, levels, leave, cache, control=control, resume=resume)[:, -1]
             left_at, ran = (leave, levels) if control is None else (control.exits, control.ran)
             left_at = [left_at] * len(live) if isinstance(left_at, int) else left_at[:, 0].tolist()

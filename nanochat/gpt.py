@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat.common import to_device
 from nanochat.loss_eval import head_logits, head_loss
 from nanochat.matryoshka import AttentionBlock, Cost, add_prefix, block_cost, mode_levels, norm, resolve_level, rope_tables
 
@@ -303,6 +304,7 @@ class GPT(nn.Module):
         if first < 1 or not (isinstance(exits, int) or exits.shape == idx.shape):
             raise ValueError(f"exits must be a number, or (rows, tokens) = ({B}, {T}), and at least 1")
         levels, x, middle = self.resolve_widths(widths), None, None
+        moved = exits_there = None  # the exits that were copied to the device last, and the copy
         i, sure, going = 0, (), -1  # the gate's answer, where it is known; the exit point where the token is known to go on
         if resume is not None:
             i, x, *sure = resume
@@ -322,7 +324,9 @@ class GPT(nn.Module):
                     break
                 active = False
             elif i >= first:
-                active = (exits > i).to(idx.device)
+                if moved is not exits:
+                    moved, exits_there = exits, to_device(exits, idx.device)
+                active = exits_there > i
             elif bar is not None and first == c.n_block and (run := cache.compiled_run(idx, levels[i:])):
                 stop = cache.settled(i)
                 if stop == i:  # what owes something catches up as far as the token surely goes
@@ -351,7 +355,7 @@ class GPT(nn.Module):
         if not share or middle is None or (isinstance(exits, int) and exits <= block):
             return x
         if not isinstance(exits, int):
-            middle = middle * (exits > block).to(x.device).unsqueeze(-1)
+            middle = middle * to_device(exits > block, x.device).unsqueeze(-1)
         return x - share * middle
 
     def finish(self, cache) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from nanochat import cpu_decode
+from nanochat.common import to_device
 from nanochat.confidence_probe import (
     Controls,
     calibrated_thresholds,
@@ -25,10 +26,17 @@ from nanochat.confidence_probe import (
 )
 from nanochat.matryoshka import cost_table, energy, expand_from, norm, sample_exits, sample_levels, sliced_linear, soft_masks
 
-CHUNK = 256  # tokens; their fp32 logits for 8192 classes are 8 MB, which stays in a CPU's last-level cache
+# Tokens whose logits exist at a time. On a CPU those of 8192 classes in fp32 are 8 MB, which stay in the last-level cache;
+# on a GPU each chunk reads and writes the fp32 gradient of the head, 537 MB for d32.
+CHUNK, GPU_CHUNK = 256, 2048
 ANSWER = 3  # tokens, for which the predictor's values of levels hold
 EXIT_WEIGHT = 0.5  # of exit_loss beside the full pass's cross-entropy, unless another one is asked for
 PROBED = 16  # tokens of a row that gate and exits learn from in a pass (`python -m scripts.bench train`: what that costs)
+
+
+def chunk_of(device: torch.device) -> int:
+    """Tokens in a chunk of the head's loss on a device."""
+    return CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
 def head_logits(h: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
@@ -51,11 +59,13 @@ class _HeadLoss(torch.autograd.Function):
         other = None if teacher_weight is None else teacher_weight.to(h.dtype)
         wide = torch.promote_types(h.dtype, torch.float32)
         losses = torch.zeros(len(h), dtype=wide, device=h.device)
-        scale = 1.0 / max(1, int((targets >= 0).sum()))
+        scale = (1.0 / (targets >= 0).sum().clamp(min=1).double()).to(wide)  # a tensor: nobody waits for the device
+        minus_cap = torch.full((), -softcap, dtype=wide, device=h.device)
+        chunk = chunk_of(h.device)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(h), CHUNK):
-            s = slice(i, i + CHUNK)
+        for i in range(0, len(h), chunk):
+            s = slice(i, i + chunk)
             hc, live = h[s], (targets[s] >= 0).to(wide)[:, None]
             t = (hc @ w.T).to(wide).div_(softcap).tanh_()  # (chunk, V): capped logits / softcap
             p = (t * softcap).exp_()
@@ -71,7 +81,7 @@ class _HeadLoss(torch.autograd.Function):
                 zq = q.sum(-1, keepdim=True)
                 q.div_(zq)
                 # KL = sum q (log q - log p), with log q = lt - log zq and log p = softcap t - log z
-                kl = lt.addcmul_(t, t.new_tensor(-softcap)).mul_(q).sum(-1, keepdim=True) - zq.log() + z.log()
+                kl = lt.addcmul_(t, minus_cap).mul_(q).sum(-1, keepdim=True) - zq.log() + z.log()
                 losses[s] += (kl * live * (1 - text))[:, 0]
                 p.sub_(q.mul_(1 - text))
             if dh is not None or dw is not None:
@@ -121,28 +131,37 @@ def evaluate_bpb(model, batches, steps: int, token_bytes: torch.Tensor, reduce=l
     for _, (x, y) in zip(range(steps), batches):
         losses, _ = model(x, y, reduction="none", **forward_args)
         text.add(losses, y)
-    text.nats, text.bytes = reduce(torch.tensor([text.nats, text.bytes], dtype=torch.float64)).tolist()
+    text.reduce(reduce)
     return text.value
 
 
 class BitsPerByte:
-    """Summed cross-entropy / (ln 2 * bytes of the target tokens). Special tokens (0 bytes) are not counted."""
+    """
+    Summed cross-entropy / (ln 2 * bytes of the target tokens). Special tokens (0 bytes) are not counted. The sums stay on
+    the losses' device until `value` is asked for.
+    """
     def __init__(self, token_bytes: torch.Tensor):
-        self.token_bytes, self.nats, self.bytes = token_bytes, 0.0, 0
+        self.token_bytes, self.sums = token_bytes, torch.zeros(2, dtype=torch.float64)  # nats, bytes
 
     def add(self, losses: torch.Tensor, targets: torch.Tensor) -> None:
         """losses (B*T,) in nats; targets (B, T), negative where a position does not count."""
         y = targets.flatten()
-        size = torch.where(y >= 0, self.token_bytes.to(y.device)[y.clamp(min=0)], 0)
-        self.nats += float((losses * (size > 0)).sum())
-        self.bytes += int(size.sum())
+        if self.token_bytes.device != y.device:
+            self.token_bytes, self.sums = to_device(self.token_bytes, y.device), to_device(self.sums, y.device)
+        size = torch.where(y >= 0, self.token_bytes[y.clamp(min=0)], 0)
+        self.sums += torch.stack(((losses * (size > 0)).sum().double(), size.sum().double()))
+
+    def reduce(self, reduce) -> None:
+        """Replaces the sums by reduce(sums), a function of a tensor (2,) fp64 such as a sum over ranks."""
+        self.sums = reduce(self.sums)
 
     @property
     def value(self) -> float:
-        if self.bytes <= 0:
+        nats, size = self.sums.tolist()
+        if size <= 0:
             raise ValueError("the evaluation saw no token that is to be learnt: give more --eval-tokens, or data in whose "
                              "validation split an assistant says something")
-        return self.nats / (math.log(2) * self.bytes)
+        return nats / (math.log(2) * size)
 
 
 def tokens_of_rows(mask: torch.Tensor, n: int, generator: torch.Generator, rank: int = 0, world: int = 1) -> torch.Tensor:
@@ -210,7 +229,8 @@ class Original(NamedTuple):
 def matryoshka_backward(model, x, y, students: list[Student], scale: float,
                         gate_at: torch.Tensor | None = None, exit_at: torch.Tensor | None = None,
                         at_scale: float | None = None, by_width: dict | None = None,
-                        exit_weight: float = EXIT_WEIGHT, original: Original | None = None) -> dict[str, torch.Tensor]:
+                        exit_weight: float = EXIT_WEIGHT, original: Original | None = None,
+                        live: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """
     One training step's losses (DESIGN 8), backward included, each multiplied by `scale`: cross-entropy of the full
     pass (the teacher), then the KL of each student's narrow pass to the teacher's detached distribution, or a mixture of
@@ -219,7 +239,8 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
     pass at these. exit_at: likewise; at these the full pass also learns to answer at every exit point (exit_loss, times
     exit_weight). at_scale: what these two losses are multiplied by instead (None: scale). by_width: is filled with label ->
     [the students' loss times what it was multiplied by, that factor], both summed. original: the full pass learns from it,
-    too. Returns the losses, detached: 'loss', 'exits', 'narrow', 'gate'.
+    too. live: y >= 0, on the CPU (None: it is computed, which waits for the device). Returns the losses, detached: 'loss',
+    'exits', 'narrow', 'gate'.
     """
     at_scale = scale if at_scale is None else at_scale
     shadow = None if gate_at is None else Shadow(gate_at)
@@ -241,7 +262,9 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
         out["exits"] = at_exits.detach()
         whole = whole + exit_weight * at_scale * at_exits
     whole.backward()
-    counts = [s.counts * int((y[s.start:s.stop] >= 0).sum()) for s in students]
+    if students and live is None:
+        live = (y >= 0).cpu()
+    counts = [s.counts * int(live[s.start:s.stop].sum()) for s in students]
     for s, count in zip(students, counts):
         rows = slice(s.start, s.stop)
         targets = y[rows] if s.counts else torch.full_like(y[rows], -1)
@@ -254,7 +277,7 @@ def matryoshka_backward(model, x, y, students: list[Student], scale: float,
             level[0] += loss.detach() * (scale * share)
             level[1] += scale * share
     if shadow is not None:
-        here = gate_at.to(x.device)
+        here = shadow.there(x.device)
         gate, _ = gate_loss(model, shadow, teacher.flatten(0, 1)[here], y.flatten()[here])
         (gate * at_scale).backward()
         out["gate"] = gate.detach()
@@ -267,10 +290,16 @@ class Shadow:
     tokens, and whether they got there. at: flat indices into (B, T). grad: the states keep their gradient.
     """
     def __init__(self, at: torch.Tensor, grad: bool = False):
-        self.at, self.grad, self.seen = at, grad, []
+        self.at, self.grad, self.seen, self._there = at, grad, [], None
+
+    def there(self, device: torch.device) -> torch.Tensor:
+        """`at` on the device; it is copied once."""
+        if self._there is None or self._there.device != device:
+            self._there = to_device(self.at, device)
+        return self._there
 
     def __call__(self, i, x, exits, levels=None):
-        states = x.flatten(0, 1)[self.at.to(x.device)]
+        states = x.flatten(0, 1)[self.there(x.device)]
         self.seen.append((i, states if self.grad else states.detach(), exits.flatten()[self.at] > i))
         return exits, levels
 
@@ -283,7 +312,7 @@ def exit_loss(model, shadow: Shadow, teacher: torch.Tensor, y: torch.Tensor) -> 
     are seldom that wide, and the full pass was never asked there (dev/LOG.md; Schuster et al. 2022, arXiv 2207.07061,
     train exits so too).
     """
-    c, at, n = model.config, shadow.at.to(y.device), len(shadow.seen)
+    c, at, n = model.config, shadow.there(y.device), len(shadow.seen)
     states = torch.stack([norm(x, c.d_ref, c.norm_eps) for _, x, _ in shadow.seen])
     return model.lm_head.loss(states, y.flatten()[at].expand(n, -1), teacher.flatten(0, 1)[at].expand_as(states), text=0.5)
 
@@ -292,24 +321,38 @@ def gate_loss(model, shadow: Shadow, full: torch.Tensor, targets: torch.Tensor) 
     """
     Shadow loss: binary cross-entropy of the gate against [a token's loss at an exit <= its own loss at full depth +
     exit_tau], over the tokens and exit points that `shadow` has seen. full (M, D): normed final states of the same tokens at
-    full depth; targets (M,) int64, none of them negative. Only the gate gets gradient. Returns the mean and 'brier',
-    'rate' (share of labels that are 1), and the 'confidence' and 'label' of every pair (N,).
+    full depth; targets (M,) int64, none of them negative. Only the gate gets gradient. Returns the mean and 'brier', a
+    tensor, 'pairs', their number N, and the 'confidence' and 'label' of all tokens at all points (points, M), of which those
+    in 'here', (points, M) bool on the CPU, are the pairs.
     """
-    c, logits, labels = model.config, [], []
+    c = model.config
     states = [full, *(norm(x, c.d_ref, c.norm_eps) for _, x, _ in shadow.seen)]
     with torch.no_grad():  # one call for all exit points: a sharded head is gathered once
         own, *losses = model.lm_head.loss(torch.stack(states), targets.expand(len(states), -1),
                                           reduction="none").view(len(states), -1)
-    for (i, _, here), h, loss in zip(shadow.seen, states[1:], losses):
-        here = here.to(h.device)
-        logits.append(model.gate(h, c.exit_points.index(i))[here])
-        labels.append((loss <= own + c.exit_tau).float()[here])
-    logits, labels = torch.cat(logits), torch.cat(labels)
-    sure = torch.sigmoid(logits.detach())
-    n = max(1, len(labels))  # there is nothing to look at where no token is supervised
-    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / n, {
-        "brier": float((sure - labels).square().sum() / n), "rate": float(labels.sum() / n), "confidence": sure,
-        "label": labels}
+    logits = torch.stack([model.gate(h, c.exit_points.index(i)) for (i, _, _), h in zip(shadow.seen, states[1:])])
+    labels = torch.stack([(loss <= own + c.exit_tau).float() for loss in losses])
+    here = torch.stack([here for _, _, here in shadow.seen])
+    loss, brier = mean_over_pairs(logits, labels, here, select=logits.device.type == "cpu")
+    return loss, {"brier": brier, "pairs": int(here.sum()), "confidence": torch.sigmoid(logits.detach()), "label": labels,
+                  "here": here}
+
+
+def mean_over_pairs(logits: torch.Tensor, labels: torch.Tensor, here: torch.Tensor,
+                    select: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Binary cross-entropy and Brier score of logits against labels, both (points, M), over the pairs in `here`, (points, M)
+    bool on the CPU; 0 where there are none. select: these are taken out first, else all are computed and weighted by 0 or 1:
+    on a GPU the number of pairs would be a shape that the CPU has to wait for.
+    """
+    weight, n = None, max(1, int(here.sum()))
+    if select:
+        logits, labels = logits[here], labels[here]
+    else:
+        weight = to_device(here, logits.device).float()
+    loss = F.binary_cross_entropy_with_logits(logits, labels, weight, reduction="sum")
+    off = (torch.sigmoid(logits.detach()) - labels).square()
+    return loss / n, (off if weight is None else off * weight).sum() / n
 
 
 def predictor_loss(model, x, y, starts, budget: float, temperature: float, generator, rank: int = 0,
@@ -393,11 +436,12 @@ def controls_backward(model, x, y, starts, generator: torch.Generator, temperatu
     with torch.no_grad():
         full = model.hidden(x)
         control.parallel(x, [row[:n] for row, n in zip(x.tolist(), starts.tolist())], behind, shadow)
-    gate, seen = gate_loss(model, shadow, full.flatten(0, 1)[at.to(x.device)], y.flatten()[at.to(y.device)])
-    own = torch.tensor([len(seen["label"]), int((behind & (y.cpu() >= 0)).sum())], dtype=torch.float64)
+    here = shadow.there(x.device)
+    gate, seen = gate_loss(model, shadow, full.flatten(0, 1)[here], y.flatten()[here])
+    own = torch.tensor([seen["pairs"], int((behind & (y.cpu() >= 0)).sum())], dtype=torch.float64)
     of_pairs, of_tokens = (own / reduce(own.clone()).clamp(min=1)).tolist()
     (gate * (scale * of_pairs)).backward()
-    out = {"gate": gate.detach() * of_pairs, "brier": torch.tensor(seen["brier"] * of_pairs)}
+    out = {"gate": gate.detach() * of_pairs, "brier": seen["brier"] * of_pairs}
     if temperature is None:
         loss, seen = value_loss(model, x, y, starts, full, generator, rank, world)
         (loss * (scale / world)).backward()

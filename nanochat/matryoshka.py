@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from nanochat import cpu_decode
+from nanochat.common import to_device
 from nanochat.cpu_attention import causal_attention
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,12 +198,12 @@ def per_level(level: int | torch.Tensor, fn, *tensors: torch.Tensor) -> torch.Te
         return fn(level, *tensors)
     flat, parts, places = level.flatten(), [], []
     for d in flat.unique().tolist():
-        at = (flat == d).nonzero()[:, 0].to(tensors[0].device)
+        places.append((flat == d).nonzero()[:, 0])
+        at = to_device(places[-1], tensors[0].device)
         parts.append(fn(d, *(t.flatten(0, 1)[at].unsqueeze(0) for t in tensors))[0])
-        places.append(at)
     n = max(p.size(-1) for p in parts)
     rows = torch.cat([F.pad(p, (0, n - p.size(-1))) for p in parts])
-    order = torch.cat(places).argsort()
+    order = to_device(torch.cat(places).argsort(), rows.device)
     return rows[order].view(*level.shape, n)
 
 
@@ -301,7 +302,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, seen, is_causal = cache.read(k.size(1), d // hd, window)
         elif not isinstance(level, int):
-            seen, is_causal = head_mask(heads.to(x.device), d // hd, window), False
+            seen, is_causal = head_mask(to_device(heads, x.device), d // hd, window), False
         elif window is not None and window < T - 1:
             seen, is_causal = causal_mask(T, window, x.device), False
         if d // hd != k.size(1):

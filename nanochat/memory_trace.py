@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanochat import cpu_attention, mamba_kernels
+from nanochat import cpu_attention, loss_eval, mamba_kernels
 from nanochat.mamba_block import Mamba2
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "gathered", "activations", "temporary")
@@ -218,7 +218,7 @@ def traced(gpu_forms: bool = True):
         changes.append((group, name, labelled(getattr(group, name), category)))
     if gpu_forms:
         changes += [(Mamba2, "_on_kernels", lambda self, t: True), (Mamba2, "_chunk", lambda self, device: 256),
-                    (cpu_attention, "MAX_TOKENS", 0)]
+                    (cpu_attention, "MAX_TOKENS", 0), (loss_eval, "CHUNK", loss_eval.GPU_CHUNK)]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     try:
         for owner, name, value in changes:

@@ -60,7 +60,11 @@ def draw(probs: torch.Tensor, generators: list[torch.Generator]) -> list[int]:
 def draw_tokens(logits: torch.Tensor, settings: tuple, generators: list[torch.Generator]) -> list[int]:
     """logits (B, V) -> a token of each row, with its own generator; settings: temperature (0: greedy), top_k, top_p."""
     if settings[0] == 0:
-        return best_tokens(logits).tolist()
+        most, best = logits.max(-1)
+        *tokens, finite = torch.cat((best, most.isfinite().all().long()[None])).tolist()  # one wait for the device, not two
+        if not finite:
+            raise ValueError(NOT_FINITE)
+        return tokens
     return draw(probabilities(logits, *settings), generators)
 
 

@@ -16,20 +16,25 @@ GPU_TOKENS = 524288  # per optimizer step on GPUs, as nanochat
 class Share(NamedTuple):
     """
     What part one pass of one rank has of a step's supervised tokens, of those that gate and exits learn from, of its passes;
-    number: which of the step's passes it is, on all ranks.
+    number: which of the step's passes it is, on all ranks. live: which of the pass's targets are supervised, (B, T) bool on
+    the CPU (None: whoever needs it computes it from the targets, and waits for the device that holds them).
     """
     tokens: float
     probed: float
     passes: float
     number: int = 0
+    live: torch.Tensor | None = None
 
 
-def shares(batches: list) -> list[Share]:
-    """Of this rank's passes, [(x, y)], in a step of all ranks. Tokens and probed add up to 1 over passes and ranks."""
-    counts = torch.stack([torch.stack((n.sum(), n.clamp(max=PROBED).sum())) for _, y in batches
-                          for n in [(y >= 0).sum(1)]]).double()
+def shares(live: list[torch.Tensor]) -> list[Share]:
+    """
+    Of this rank's passes in a step of all ranks. live: which targets of each pass are supervised, (B, T) bool on the CPU.
+    Tokens and probed add up to 1 over passes and ranks.
+    """
+    of_rows = [mask.sum(1) for mask in live]
+    counts = torch.stack([torch.stack((n.sum(), n.clamp(max=PROBED).sum())) for n in of_rows]).double()
     total = all_sum(counts.sum(0)).clamp(min=1)
-    return [Share(*row, 1 / len(batches), i) for i, row in enumerate((counts / total).tolist())]
+    return [Share(*row, 1 / len(live), i, mask) for i, (row, mask) in enumerate(zip((counts / total).tolist(), live))]
 
 
 def pass_flops(model, widths=None, context: float = 0) -> float:

@@ -16,7 +16,7 @@ import torch
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat import mixture, step_checkpoint
-from nanochat.common import find_device_type, get_compute_dtype, get_rank, note_if_busy, print0
+from nanochat.common import find_device_type, get_compute_dtype, get_rank, note_if_busy, print0, to_device
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import add_skip_arg
 from nanochat.distributed import (
@@ -373,9 +373,9 @@ class Run:
                 if step == total:
                     break
                 t0 = timer(model.device)
-                batches = [next(loader) for _ in range(passes)]
+                batches = [(*next(loader), loader.live) for _ in range(passes)]
                 losses = {}
-                for (x, y), share in zip(batches, shares(batches)):
+                for (x, y, _), share in zip(batches, shares([live for _, _, live in batches])):
                     for k, v in backward(step, x, y, share).items():
                         losses[k] = losses.get(k, 0) + v
                 reduce_whole(model.parameters())
@@ -477,13 +477,16 @@ class Run:
 
 def _over_ranks(losses: dict, stop: int | None, device) -> tuple[dict[str, float], int]:
     """A step's losses over all ranks, and the signal that any of them got (0: none), in one exchange."""
-    keys = sorted(losses)
-    values = torch.stack([torch.as_tensor(losses[k], dtype=torch.float64, device=device) for k in keys])
-    signals = torch.tensor([float(s == stop) for s in SIGNALS], dtype=torch.float64, device=device)
-    values = all_sum(torch.cat((values, signals))).tolist()
-    got = [s for s, count in zip(SIGNALS, values[len(keys):]) if count]
-    out = dict(zip(keys, values))
-    for key in [k for k in keys if ":" in k]:
+    there = sorted(k for k, v in losses.items() if isinstance(v, torch.Tensor) and v.device.type != "cpu")
+    here = sorted(losses.keys() - set(there))
+    signals = [float(s == stop) for s in SIGNALS]
+    values = [to_device(torch.tensor([float(losses[k]) for k in here] + signals, dtype=torch.float64), device)]
+    if there:  # in one piece: on a GPU each would be a copy of its own
+        values.insert(0, torch.stack([losses[k].double() for k in there]))
+    values = all_sum(torch.cat(values)).tolist()
+    got = [s for s, count in zip(SIGNALS, values[len(losses):]) if count]
+    out = dict(zip(there + here, values))
+    for key in [k for k in out if ":" in k]:
         weight = out.pop(key)
         name = key.partition(":")[0]
         out[name] = out[name] / weight if weight else 0.0

@@ -238,9 +238,10 @@ def _timed_steps(s: Setting, choice, compiled: bool) -> dict:
     optimizers = setup_optimizers(model, optimizer=choice.optimizer)
     backward = ElasticStep(model, 0, 1, "lean", levels=s.config.levels[-2:])
     x, y = torch.randint(s.config.vocab_size, (2, choice.rows, s.config.sequence_len), device=s.device)
+    live = torch.ones(y.shape, dtype=torch.bool)
 
     def step() -> tuple[dict, float]:
-        losses = backward(0, x, y, shares([(x, y)])[0])  # step 0 each time: the same widths, compiled once
+        losses = backward(0, x, y, shares([live])[0])  # step 0 each time: the same widths, compiled once
         reduce_whole(model.parameters())
         norm = float(gradient_norm(model.parameters()))
         for optimizer in optimizers:

@@ -42,6 +42,7 @@ from nanochat.loss_eval import (
     gate_loss,
     head_loss,
     matryoshka_backward,
+    mean_over_pairs,
     predictor_loss,
     value_loss,
 )
@@ -418,6 +419,23 @@ def test_prices_make_plans_meet_the_budget(hybrid):
     assert spent == sorted(spent, reverse=True) and len(set(spent)) > 2
 
 
+def test_pairs_taken_out_or_weighted_are_the_same():
+    g = torch.Generator().manual_seed(0)
+    logits, here = torch.randn(3, 40, generator=g), torch.rand(3, 40, generator=g) < 0.6
+    labels = (torch.rand(3, 40, generator=g) < 0.5).float()
+    results = []
+    for select in (True, False):
+        x = logits.clone().requires_grad_()
+        loss, brier = mean_over_pairs(x, labels, here, select)
+        loss.backward()
+        results.append((loss.detach(), brier, x.grad))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+    want = F.binary_cross_entropy(logits.sigmoid()[here], labels[here])
+    assert float(results[0][0]) == pytest.approx(float(want), rel=1e-5)
+    assert float(mean_over_pairs(logits, labels, torch.zeros_like(here), False)[0]) == 0
+
+
 def test_shadow_loss_compares_each_token_with_itself(hybrid, tokens):
     targets, at = tokens.roll(-1, 1), torch.tensor([3, 40, 60, 77])
     shadow = Shadow(at)
@@ -432,8 +450,9 @@ def test_shadow_loss_compares_each_token_with_itself(hybrid, tokens):
             early = F.cross_entropy(hybrid.logits(x), targets.flatten()[at], reduction="none")
             labels.append((early <= full + hybrid.config.exit_tau).float())
             sure.append(torch.sigmoid(hybrid.gate(x, k)))
-    assert seen["label"].tolist() == torch.cat(labels).tolist()
-    torch.testing.assert_close(seen["confidence"], torch.cat(sure), atol=1e-4, rtol=1e-3)
+    assert seen["here"].all() and seen["pairs"] == seen["label"].numel()
+    assert seen["label"].flatten().tolist() == torch.cat(labels).tolist()
+    torch.testing.assert_close(seen["confidence"].flatten(), torch.cat(sure), atol=1e-4, rtol=1e-3)
     want = F.binary_cross_entropy(torch.cat(sure).detach(), torch.cat(labels))
     assert float(loss.detach()) == pytest.approx(float(want), rel=1e-3)
     loss.backward()

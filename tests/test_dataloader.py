@@ -56,7 +56,7 @@ def rows_of(loader, n):
         assert x.dtype == y.dtype == torch.int64
         assert x.shape == y.shape == (loader.batch_size, loader.seq_len)
         assert x.is_contiguous() and y.is_contiguous()
-        assert torch.equal(x[:, 1:], y[:, :-1])
+        assert torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(loader.live, y >= 0)
         assert (x[:, 0] == BOS).all()
         assert 0 <= min(x.min(), y.min()) and max(x.max(), y.max()) <= BOS
         rows += torch.cat([x, y[:, -1:]], 1).tolist()

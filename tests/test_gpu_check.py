@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_tiny_experiment import SIZES
 
 from nanochat import mamba_kernels
 from nanochat.step_estimate import Choice
 from scripts import gpu_check, gpu_check_parts
 from scripts.gpu_check_parts import Finding, Part, Setting
+from tiny_experiment import __main__ as main
+from tiny_experiment import run
 
 ROOT = Path(__file__).parents[1]
 DRY = Setting.on_cpu()
@@ -153,5 +156,14 @@ def test_the_dry_form_runs_from_the_source_tree_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_tiny_experiment_runs_in_the_check():
-    assert gpu_check_parts.tiny(DRY).passed
+def test_the_tiny_experiment_runs_in_the_check(monkeypatch):
+    """In this process and shorter; its command line is the check's."""
+    monkeypatch.setattr(run.Settings, "quick", classmethod(lambda cls: SIZES))
+    commands = []
+
+    def call(command, **options):
+        commands.append(command[1:3])
+        main.main(command[3:])
+        return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(subprocess, "run", call)
+    assert gpu_check_parts.tiny(DRY).passed and commands == [["-m", "tiny_experiment"]]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import language_parameters
 
+from nanochat import loss_eval
 from nanochat.loss_eval import (
     CHUNK,
     EXIT_WEIGHT,
@@ -27,6 +28,20 @@ def problem(dtype=torch.float64, n=CHUNK + 37):
     y = torch.randint(50, (1, n), generator=g)
     y[0, ::7] = -1
     return h, w, y, torch.randn(1, n, 12, generator=g).to(dtype)
+
+
+def test_a_gpu_gets_larger_chunks_of_the_same_loss(monkeypatch):
+    """Each chunk reads and writes the fp32 gradient of the head, which on a GPU costs more than logits that fit no cache."""
+    assert loss_eval.chunk_of(torch.device("cpu")) == CHUNK < loss_eval.chunk_of(torch.device("cuda")) == 2048
+    h, w, y, teacher = problem()
+    results = []
+    for chunk in (CHUNK, 2048, 5):
+        monkeypatch.setattr(loss_eval, "CHUNK", chunk)
+        loss = head_loss(h, w, y, CAP, teacher, text=0.5)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(a, b)
 
 
 def test_cross_entropy_and_gradients_equal_the_plain_ones():

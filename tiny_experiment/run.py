@@ -271,11 +271,12 @@ class Judge:
         def run(rows):
             with torch.no_grad():  # for this thread
                 return f(rows, int(self.ends[rows].max()))
-        threads = torch.get_num_threads()
-        workers = threads if self.model.device.type == "cpu" else 1
+        pieces, threads = self.ends.argsort(stable=True).split(self.PIECE), torch.get_num_threads()
+        if self.model.device.type != "cpu":
+            return [run(rows) for rows in pieces]
         try:  # a pass this small gains little from two threads inside
-            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                return list(pool.map(run, self.ends.argsort(stable=True).split(self.PIECE)))
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                return list(pool.map(run, pieces))
         finally:
             torch.set_num_threads(threads)
 
@@ -370,12 +371,13 @@ def examine_gate(judge: Judge, budget: float, prices: list) -> dict:
         behind, answer = judge.behind[rows, :t], judge.answer[rows, :t]
         x, y = (tensor[rows, :t].to(model.device) for tensor in (judge.x, judge.y))
         at = answer.flatten().nonzero()[:, 0]
-        shadow, here = Shadow(at), at.to(model.device)
-        full = model.hidden(x).flatten(0, 1)[here]
+        shadow = Shadow(at)
+        full = model.hidden(x).flatten(0, 1)[shadow.there(x.device)]
         prompts = [judge.prompts[r] for r in rows.tolist()]
         Controls(model, budget, 1.0, 0.0, {"prices": prices}).parallel(x, prompts, behind, shadow)
-        loss, seen = gate_loss(model, shadow, full, y.flatten()[here])
-        return loss.cpu() * len(seen["label"]), seen["confidence"].cpu(), seen["label"].cpu()
+        loss, seen = gate_loss(model, shadow, full, y.flatten()[shadow.there(x.device)])
+        sure, label = (seen[name].cpu()[seen["here"]] for name in ("confidence", "label"))
+        return loss.cpu() * seen["pairs"], sure, label
     losses, sure, label = zip(*judge.in_pieces(look))
     sure, label = torch.cat(sure), torch.cat(label)
     loss, rate = sum(losses) / len(label), float(label.mean())
