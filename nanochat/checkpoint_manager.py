@@ -554,5 +554,5 @@ def check_tokenizer(model: GPT, tokenizer: "Tokenizer", info: dict, device=None)
     if bits < bare:
         return
     print0(f"warning: the model needs {bits:.2f} bits per byte of Python's own text, more than the bare frequencies of the "
-           f"tokens ({bare:.2f}): this tokenizer does not seem to be the model's, or the model is hardly trained. If it answers "
-           "in gibberish, put the tokenizer.pkl or tokenizer.json beside it that it was trained with")
+           f"tokens ({bare:.2f}): this tokenizer does not seem to be the model's, or the model is hardly trained. If it "
+           "answers in gibberish, put the tokenizer.pkl or tokenizer.json beside it that it was trained with")

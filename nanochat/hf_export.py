@@ -21,15 +21,16 @@ REMOTE_CODE = Path(__file__).parent / "remote_code"
 CODE_FILES = ("configuration_adamba.py", "modeling_adamba.py")
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 # What modeling_adamba.py computes, by the names of the config's fields: a model that has more is refused.
-KNOWN_FIELDS = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "d_ref", "top_width", "mamba_expand",
-                "mamba_headdim", "mamba_d_state", "mamba_d_conv", "mamba_group_width", "rope_base", "softcap"}
+KNOWN_FIELDS = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "d_ref", "top_width",
+                "mamba_expand", "mamba_headdim", "mamba_d_state", "mamba_d_conv", "mamba_group_width", "rope_base",
+                "softcap"}
 CONTROL_FIELDS = {"exit_threshold", "expand_threshold", "exit_tau"}  # of mode auto, which the file does not run
 
 
 def check_exportable(config: GPTConfig) -> None:
     """ValueError for a model with features that the exported code does not compute."""
-    plain = type(config)() if isinstance(config, HybridConfig) else GPTConfig()
-    odd = [k for k, v in asdict(config).items() if k not in KNOWN_FIELDS | CONTROL_FIELDS and v != getattr(plain, k)]
+    defaults = {k: field.default for k, field in type(config).__dataclass_fields__.items()}
+    odd = [k for k, v in asdict(config).items() if k not in KNOWN_FIELDS | CONTROL_FIELDS and v != defaults[k]]
     if odd:
         raise ValueError(f"this model has {', '.join(odd)}, which the exported code does not compute: only models of "
                          "nanochat-d32's vintage can be exported")
@@ -93,7 +94,8 @@ def _save_shard(leaves, path, report):
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration and code
 
-def hub_config(config: GPTConfig, tokenizer, dtype: torch.dtype, info: dict, mode: str = "god", depth: int | None = None) -> dict:
+def hub_config(config: GPTConfig, tokenizer, dtype: torch.dtype, info: dict, mode: str | int = "god",
+               depth: int | None = None) -> dict:
     """
     The repository's config.json. Under 'adamba' it holds what our own export's config.json does, so that nothing is lost
     when this package reads the repository.
@@ -144,8 +146,8 @@ def files_of_export(folder: Path) -> set[str]:
             return set()
     except (OSError, ValueError):
         return set()
-    ours = (r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json|chat_template\.jinja|token_bytes\.pt"
-            r"|README\.md|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(configuration|modeling)_adamba\.py")
+    ours = (r"(config|generation_config|tokenizer|tokenizer_config)\.json|chat_template\.jinja|token_bytes\.pt|README\.md"
+            r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(configuration|modeling)_adamba\.py")
     return {p.name for p in folder.iterdir() if re.fullmatch(ours, p.name)}
 
 
@@ -164,15 +166,16 @@ def card(config: GPTConfig, info: dict, dtype: torch.dtype, repo: str | None, va
     lines = ["---", "license: mit", "library_name: transformers", "pipeline_tag: text-generation",
              "tags: [adamba, nanochat, mamba-2, matryoshka, early-exit]" if hybrid else "tags: [nanochat]", "---",
              f"# {name}, {total / 1e9:.2f} B parameters" if total >= 1e8 else f"# {name}, {total:,} parameters", ""]
-    lines += [("A nanochat GPT with a Mamba-2 block behind each attention block, nested widths and early exits."
+    lines += [("A nanochat GPT with a Mamba-2 block after each attention block, nested widths and early exits."
                if hybrid else "A GPT of nanochat, in transformers' own NanoChat architecture."),
-              f"{config.n_block} blocks of width {config.n_embd}, a context of {config.sequence_len} tokens, a vocabulary of "
-              f"{config.vocab_size:,}; weights in {str(dtype).removeprefix('torch.')}.", "", *_usage(hybrid, repo, variant)]
+              f"{config.n_block} blocks of width {config.n_embd}, a context of {config.sequence_len} tokens, a vocabulary "
+              f"of {config.vocab_size:,}; weights in {str(dtype).removeprefix('torch.')}.", "",
+              *_usage(hybrid, repo, variant)]
     if hybrid:
         lines += _modes(config, measured)
     lines += ["## Where it comes from", "", *_provenance(info), "", "## Licence", "",
-              "MIT, as nanochat and its published weights are. The data that a model was trained on may have terms of its own.",
-              ""]
+              "MIT, as nanochat and its published weights are. The data that a model was trained on may have terms of its "
+              "own.", ""]
     return "\n".join(lines)
 
 
@@ -183,30 +186,29 @@ def _usage(hybrid, repo, variant):
              f"tokenizer = AutoTokenizer.from_pretrained(name{extra})",
              f"model = AutoModelForCausalLM.from_pretrained(name{extra})",
              'chat = [{"role": "user", "content": "Why is the sky blue?"}]',
-             "inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors=\"pt\", return_dict=True)",
+             'inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", '
+             "return_dict=True)",
              "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))", "```", ""]
     if hybrid:
-        lines += ["`from_pretrained(..., mode=\"normal\")` runs the leading half of every attention and MLP matrix, "
-                  "`exit_depth=N` the first N blocks alone.", ""]
+        lines += ['`from_pretrained(..., mode="normal")` runs attention and MLP at the width of that mode (the table '
+                  "below), `exit_depth=N` the first N blocks alone.", ""]
     return lines
 
 
-def mode_costs(config: HybridConfig) -> dict[str, tuple[int, float, float]]:
-    """Mode -> (width, FLOPs of a token, their share of full), of the whole model, at half of the context."""
+def _modes(config, measured):
+    """The table of modes; those of one width share a row."""
     model, context = build_model(config, "meta"), config.sequence_len / 2
 
-    def flops(mode):
-        return sum(c.flops for c in model.cost(mode, context).values())
-    full = flops(None)
-    return {mode: (width, flops(mode), flops(mode) / full) for mode, width in config.distinct_modes.items()}
-
-
-def _modes(config, measured):
-    lines = ["## Modes", "", "FLOPs are those of one token in the whole model, head and Mamba blocks included, with half of the "
-             "context before it.", "", "| mode | width | GFLOPs per token | share | bits per byte |", "|---|---|---|---|---|"]
-    for mode, (width, flops, share) in mode_costs(config).items():
-        quality = f"{measured[mode]:.4f}" if measured and mode in measured else "not measured"
-        lines.append(f"| {mode} | {width} | {flops / 1e9:.3g} | {share:.0%} | {quality} |")
+    def flops(width):
+        return sum(c.flops for c in model.cost(width, context).values())
+    lines = ["## Modes", "", "FLOPs are those of one token in the whole model, head and Mamba blocks included, with half of "
+             "the context before it.", "", "| mode | width | GFLOPs per token | share | bits per byte |",
+             "|---|---|---|---|---|"]
+    for width in config.levels:
+        names = [mode for mode, d in config.modes.items() if d == width]
+        quality = next((f"{measured[mode]:.4f}" for mode in names if measured and mode in measured), "not measured")
+        lines.append(f"| {', '.join(names)} | {width} | {flops(width) / 1e9:.3g} | {flops(width) / flops(None):.0%} "
+                     f"| {quality} |")
     return [*lines, ""]
 
 
@@ -217,7 +219,8 @@ def _provenance(info):
                      f"{proof.get('probe_tokens', 'some')} probe tokens.")
     at = info.get("provenance")
     while isinstance(at, dict):
-        for key, text in (("trained", "Trained"), ("surgery", "Surgery"), ("extracted", "Extracted at"), ("fresh", "New weights")):
+        for key, text in (("trained", "Trained"), ("surgery", "Surgery"), ("extracted", "Extracted at"),
+                          ("fresh", "New weights")):
             if at.get(key) is not None:
                 steps = f", {at['steps']} steps" if at.get("steps") is not None else ""
                 digest = f", from weights of SHA-256 {at['source_sha256'][:16]}..." if at.get("source_sha256") else ""

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 from nanochat.common import print0
+from nanochat.hf_export import CODE_FILES
 from nanochat.shards import first_line
 
 VARIANTS = ("| variant | parameters | width | dtype | bits per byte |", "|---|---|---|---|---|")
@@ -29,9 +30,14 @@ def push(folder: Path, repo: str, variant: str | None, row: str, private: bool) 
     api = HfApi()
     try:
         made = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=variant, commit_message=f"Upload {variant or 'model'}",
-                          ignore_patterns=["token_bytes.pt"])
+        api.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=variant, ignore_patterns=["token_bytes.pt"],
+                          commit_message=f"Upload {variant or 'the model'}")
         if variant is not None:
+            # transformers looks for the code of a repository at its root, whatever folder the weights are in
+            code = [name for name in CODE_FILES if (folder / name).is_file()]
+            if code:
+                api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=code,
+                                  commit_message="Upload the code that runs the variants")
             card = variants_card(_card_of(api, repo), repo, variant, row)
             api.upload_file(repo_id=repo, path_or_fileobj=card.encode(), path_in_repo="README.md",
                             commit_message=f"List {variant}")
@@ -44,8 +50,8 @@ def push(folder: Path, repo: str, variant: str | None, row: str, private: bool) 
         if code in (401, 403):
             raise PermissionError(f"you may not write to {repo}: run `hf auth login` with a token that may, or name another "
                                   f"repository with --push ({folder} is written)") from e
-        raise ConnectionError(f"{folder} could not be uploaded to {repo} ({first_line(e)}): check the network and run the same "
-                              "command again; what has arrived is not sent again") from e
+        raise ConnectionError(f"{folder} could not be uploaded to {repo} ({first_line(e)}): check the network and run the "
+                              "same command again; what has arrived is not sent again") from e
     if private and not info.private:
         print0(f"note: {repo} was there before and is public")
     return str(made)
@@ -56,7 +62,8 @@ def _card_of(api, repo: str) -> str:
     from huggingface_hub.errors import EntryNotFoundError
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return Path(api.hf_hub_download(repo, "README.md", local_dir=folder)).read_text(encoding="utf-8", errors="replace")
+            path = api.hf_hub_download(repo, "README.md", local_dir=folder)
+            return Path(path).read_text(encoding="utf-8", errors="replace")
         except EntryNotFoundError:
             return ""
 
@@ -68,10 +75,12 @@ def variants_card(before: str, repo: str, variant: str, row: str) -> str:
     """
     if VARIANTS[0] not in before:
         use = ["```python", "from transformers import AutoModelForCausalLM",
-               f'model = AutoModelForCausalLM.from_pretrained("{repo}", subfolder="{variant}", trust_remote_code=True)', "```"]
+               f'model = AutoModelForCausalLM.from_pretrained("{repo}", subfolder="{variant}",',
+               "                                             trust_remote_code=True)", "```"]
         before = "\n".join(["---", "license: mit", "library_name: transformers", "pipeline_tag: text-generation",
                             "tags: [adamba, nanochat]", "---", f"# {repo.partition('/')[2]}", "",
-                            "One folder for each variant of the model; each has a card of its own.", "", *VARIANTS, "", *use, ""])
+                            "One folder for each variant of the model; each has a card of its own.", "", *VARIANTS, "",
+                            *use, ""])
     lines = before.splitlines()
     first = lines.index(VARIANTS[0]) + 2
     end = next((i for i in range(first, len(lines)) if not lines[i].startswith("|")), len(lines))

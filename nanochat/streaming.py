@@ -160,7 +160,7 @@ def save_lazy(tree, path: Path, report: Callable[[int], None] = lambda n: None) 
 
 
 def write_tensor(f, leaf: Leaf, at: int, report: Callable[[int], None]) -> int:
-    """Makes a tensor and writes its bytes at `at` in an unbuffered file; returns their number. report(n): n more are done."""
+    """Makes a tensor and writes its bytes at `at` in an unbuffered file; returns their number. report(n): n more."""
     t = leaf.make()
     assert t.shape == leaf.shape and t.dtype == leaf.dtype
     data = _bytes(t.cpu().contiguous())

@@ -44,10 +44,12 @@ def main(argv=None):
     with ckpt.replace_folder(dst, hf_export.files_of_export(dst)) as folder:
         progress = Progress("writing", size, "bytes")
         hf_export.save_safetensors(tree, folder, report=progress.step)
-        hf_export.write_files(folder, hf_export.hub_config(config, tokenizer, dtype, info, args.mode, args.exit_depth), tokenizer)
+        hub_config = hf_export.hub_config(config, tokenizer, dtype, info, args.mode, args.exit_depth)
+        hf_export.write_files(folder, hub_config, tokenizer)
         with open(folder / "README.md", "w", encoding="utf-8") as f:
             f.write(hf_export.card(config, info, dtype, args.push, args.variant, measured))
-    print0(f"wrote {dst}: {size / 1e9:.2f} GB in {progress.seconds:.0f} s; at most {peak_rss_mb() / 1e3:.2f} GB were resident")
+    print0(f"wrote {dst}: {size / 1e9:.2f} GB in {progress.seconds:.0f} s; at most {peak_rss_mb() / 1e3:.2f} GB were "
+           "resident")
     if args.push:
         row = hf_export.variant_row(config, dtype, measured)
         url = push(dst, args.push, args.variant, row, private=not args.public)
@@ -58,8 +60,8 @@ def parse_args(argv) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Write a model as a Hugging Face repository, and upload it.")
     ckpt.add_model_args(p)
     p.add_argument("--dst", required=True, help="folder to write; an earlier export there is replaced")
-    p.add_argument("--mode", default="god", help="the mode or width that runs where from_pretrained names no other (default: "
-                                                 "god, the full width); the weights are written whole")
+    p.add_argument("--mode", default="god", help="the mode or width that runs where from_pretrained names no other "
+                                                 "(default: god, the full width); the weights are written whole")
     p.add_argument("--exit-depth", type=int, default=None, help="likewise, the number of blocks that run (default: all)")
     p.add_argument("--dtype", default="source", choices=list(DTYPES),
                    help="of the matrices written; what the recurrence needs stays fp32 (default: source)")
@@ -80,8 +82,8 @@ def check_compute(args, config) -> None:
     """ValueError for a mode or an exit depth that the model does not have."""
     if not isinstance(config, HybridConfig):
         if (args.mode, args.exit_depth) != ("god", None):
-            raise ValueError("a base GPT is exported in transformers' own architecture, which has no modes and no exits: drop "
-                             "--mode and --exit-depth, or make a hybrid of it with `python -m scripts.surgery`")
+            raise ValueError("a base GPT is exported in transformers' own architecture, which has no modes and no exits: "
+                             "drop --mode and --exit-depth, or make a hybrid of it with `python -m scripts.surgery`")
         return
     args.mode = args.mode if args.mode in config.modes else ckpt.build_model(config, "meta").resolve_widths(args.mode)[0]
     if args.exit_depth is not None and not 1 <= args.exit_depth <= config.n_block:
@@ -105,8 +107,8 @@ def check_room(dst, size: int) -> None:
         place = place.absolute().parent
     free = shutil.disk_usage(place).free
     if free < 1.01 * size + 1e8:
-        raise OSError(f"{dst} needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of disk are free: free some, write elsewhere "
-                      "with --dst, or halve it with --dtype bf16")
+        raise OSError(f"{dst} needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of disk are free: free some, write "
+                      "elsewhere with --dst, or choose --dtype bf16")
 
 
 if __name__ == "__main__":

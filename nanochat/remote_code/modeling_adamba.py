@@ -303,9 +303,10 @@ class AdambaForCausalLM(AdambaPreTrainedModel, GenerationMixin):
     def forward(self, input_ids, attention_mask=None, cache=None, past_key_values=None, labels=None, use_cache=None,
                 logits_to_keep=0, **kwargs):
         """
-        input_ids (B, T) -> logits (B, T, vocab) fp32, and the cache. attention_mask (B, S): 1 for tokens, 0 for padding; its last T columns are those of
-        the input ids. labels (B, T): as input_ids, -100 where a position does not count; loss is the mean cross-entropy of
-        each token from those before it. logits_to_keep: of how many last positions logits are made (0: all).
+        input_ids (B, T) -> logits (B, T, vocab) fp32, and the cache. attention_mask (B, S): 1 for tokens, 0 for padding;
+        its last T columns are those of the input ids. labels (B, T): as input_ids, -100 where a position does not count;
+        loss is the mean cross-entropy of each token from those before it. logits_to_keep: of how many last positions logits
+        are made (0: all).
         """
         config, device = self.config, input_ids.device
         cache = past_key_values if cache is None else cache
