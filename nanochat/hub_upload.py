@@ -58,13 +58,15 @@ def push(folder: Path, repo: str, variant: str | None, row: str, private: bool) 
 
 
 def _card_of(api, repo: str) -> str:
-    """The repository's README.md; empty where it has none."""
-    from huggingface_hub.errors import EntryNotFoundError
+    """The repository's README.md; empty where it has none. Whatever else keeps it from being read is raised."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = api.hf_hub_download(repo, "README.md", local_dir=folder)
             return Path(path).read_text(encoding="utf-8", errors="replace")
-        except EntryNotFoundError:
+        except EntryNotFoundError as e:
+            if isinstance(e, LocalEntryNotFoundError):  # the hub did not answer
+                raise
             return ""
 
 

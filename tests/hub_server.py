@@ -33,6 +33,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.requests.append((self.command, path))
         if self.headers.get("Authorization") == "Bearer hf_reader" and self.command in ("POST", "PUT"):
             return self.reply(403, {"error": "forbidden"}, X_Error_Message="forbidden")
+        if path == "/api/validate-yaml":
+            return self.reply(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
             return self.create(json.loads(body))
         for pattern, method in ((r"/api/models/([^/]+/[^/]+)/preupload/main", self.preupload),
@@ -52,7 +54,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if name in self.server.repos:
             return self.reply(409, {"error": "there already", "url": f"{self.server.url}/{name}"})
-        self.server.repos[name] = {"private": asked.get("private", False), "files": {}}
+        self.server.repos[name] = {"private": "private" in (asked.get("visibility"), asked.get("private") and "private"),
+                                   "files": {}}
         return self.reply(200, {"url": f"{self.server.url}/{name}"})
 
     def preupload(self, body, repo):

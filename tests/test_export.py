@@ -76,8 +76,8 @@ def test_logits_are_ours_in_every_mode_and_depth(auto, tokenizer, tmp_path, name
     theirs.config.mode, theirs.config.exit_depth = "god", None
     want = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert theirs(ids, labels=labels).loss == pytest.approx(float(want), abs=1e-5)
-    for field, value, words in (("mode", "wide", "unknown mode 'wide': choose one of ghost"), ("exit_depth", 7, "from 1 to 6"),
-                                ("mode", "33", "unknown mode '33'")):
+    for field, value, words in (("mode", "wide", "unknown mode 'wide': choose one of ghost"),
+                                ("exit_depth", 7, "from 1 to 6"), ("mode", "33", "unknown mode '33'")):
         setattr(theirs.config, field, value)
         with pytest.raises(ValueError, match=words):
             theirs(ids)
@@ -293,49 +293,70 @@ def test_it_loads_where_our_package_is_not(tmp_path):
     assert outside(tmp_path / "elsewhere", str(tmp_path / "hub"), HF_HUB_OFFLINE="1") == want
 
 
-def run_export(server, home, *arguments, token="hf_writer"):
-    env = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
-           "HF_HOME": str(home / "hf")}
-    return subprocess.run([sys.executable, "-m", "scripts.export", "--checkpoint", str(GOLDEN / "model"), "--dst",
-                           str(home / "out"), *arguments], env=env, capture_output=True, text=True, timeout=200)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A local server, to which the hub's own client in this process turns; and how to export to it."""
+    import huggingface_hub.constants as constants
+    with hub_server() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        for name, value in (("HF_HUB_DISABLE_XET", True), ("HF_HUB_OFFLINE", False), (
+                "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")):
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", "hf_writer")
+        server.push = lambda *arguments: export.main(["--checkpoint", str(GOLDEN / "model"), "--dst", str(tmp_path / "out"),
+                                                      *arguments])
+        yield server
+
+
+def test_variants_are_uploaded_and_listed(hub, tmp_path, capsys, monkeypatch):
+    """Broken off, again, and a second variant."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    hub.fail_uploads = 1
+    with pytest.raises(SystemExit):
+        hub.push("--push", "me/adamba", "--variant", "stage1")
+    err = capsys.readouterr().err
+    assert "could not be uploaded to me/adamba" in err and "run the same command again" in err.splitlines()[-1]
+    assert (tmp_path / "out/config.json").is_file()
+    for variant in ("stage1", "stage0", "stage1"):
+        hub.push("--push", "me/adamba", "--variant", variant)
+        assert f"uploaded to {hub.url}/me/adamba, folder {variant}" in capsys.readouterr().out
+    assert len([r for r in hub.requests if r[0] == "PUT"]) == 2  # one refused, one taken; then the hub had it
+    repo = hub.repos["me/adamba"]
+    assert repo["private"] and "stage1/model.safetensors" in repo["files"] and "modeling_adamba.py" in repo["files"]
+    card = repo["files"]["README.md"].decode()
+    assert [line.split("]")[0] for line in card.splitlines() if line.startswith("| [")] == ["| [stage0", "| [stage1"]
+    assert 'from_pretrained("me/adamba", subfolder="stage1"' in card
+
+    def unreachable(*_, **__):
+        raise LocalEntryNotFoundError("the hub did not answer")
+    monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", unreachable)
+    with pytest.raises(SystemExit):  # a card that could not be read is not written anew
+        hub.push("--push", "me/adamba", "--variant", "stage2")
+    assert repo["files"]["README.md"].decode() == card
+
+
+def test_a_whole_repository_is_public_if_asked_and_needs_the_right(hub, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    with pytest.raises(SystemExit):
+        hub.push("--push", "me/open", "--public")
+    assert "you may not write to me/open: run `hf auth login`" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    hub.push("--push", "me/open", "--public")
+    repo = hub.repos["me/open"]
+    assert not repo["private"] and "config.json" in repo["files"] and "token_bytes.pt" not in repo["files"]
+    assert 'name = "me/open"' in repo["files"]["README.md"].decode()
+    hub.push("--push", "me/open")
+    assert "note: me/open was there before and is public" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_variants_are_uploaded_listed_and_loaded(tmp_path):
-    """The library's own client against a local server: broken off, again, a second variant, then loaded from there."""
+def test_a_variant_loads_from_the_hub(hub, tmp_path):
     pytest.importorskip("transformers")
-    with hub_server() as server:
-        server.fail_uploads = 1
-        broken = run_export(server, tmp_path, "--push", "me/adamba", "--variant", "stage1")
-        assert broken.returncode == 2 and "could not be uploaded to me/adamba" in broken.stderr
-        assert "run the same command again" in broken.stderr and (tmp_path / "out/config.json").is_file()
-        for variant in ("stage1", "stage0", "stage1"):
-            done = run_export(server, tmp_path, "--push", "me/adamba", "--variant", variant)
-            assert done.returncode == 0, done.stderr
-            assert f"uploaded to {server.url}/me/adamba, folder {variant}" in done.stdout
-        assert len([r for r in server.requests if r[0] == "PUT"]) == 2  # one refused, one taken; then the hub had it
-        repo = server.repos["me/adamba"]
-        assert repo["private"] and "stage1/model.safetensors" in repo["files"] and "modeling_adamba.py" in repo["files"]
-        card = repo["files"]["README.md"].decode()
-        assert [line.split("]")[0] for line in card.splitlines() if line.startswith("| [")] == ["| [stage0", "| [stage1"]
-        assert 'from_pretrained("me/adamba", subfolder="stage0"' in card or 'subfolder="stage1"' in card
-        (tmp_path / "elsewhere").mkdir()
-        want = json.loads((GOLDEN / "expected.json").read_text())["decoded"]["full"]["tokens"][0]
-        assert outside(tmp_path / "elsewhere", "me/adamba", "subfolder=stage1", HF_ENDPOINT=server.url,
-                       HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0") == want
-
-
-@pytest.mark.slow
-def test_a_whole_repository_is_public_if_asked_and_needs_the_right(tmp_path):
-    with hub_server() as server:
-        done = run_export(server, tmp_path, "--push", "me/open", "--public", token="hf_reader")
-        assert done.returncode == 2 and "you may not write to me/open: run `hf auth login`" in done.stderr
-        done = run_export(server, tmp_path, "--push", "me/open", "--public")
-        assert done.returncode == 0, done.stderr
-        assert not server.repos["me/open"]["private"] and "config.json" in server.repos["me/open"]["files"]
-        assert 'name = "me/open"' in server.repos["me/open"]["files"]["README.md"].decode()
-        done = run_export(server, tmp_path, "--push", "me/open")
-        assert "note: me/open was there before and is public" in done.stdout
+    hub.push("--push", "me/adamba", "--variant", "stage1")
+    (tmp_path / "elsewhere").mkdir()
+    want = json.loads((GOLDEN / "expected.json").read_text())["decoded"]["full"]["tokens"][0]
+    assert outside(tmp_path / "elsewhere", "me/adamba", "subfolder=stage1", HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1",
+                   HF_HUB_OFFLINE="0") == want
 
 
 def test_a_card_written_by_hand_around_the_table_stays():
