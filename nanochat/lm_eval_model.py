@@ -37,7 +37,9 @@ class AdambaLM(TemplateLM):
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype} is not known: choose float32 or bfloat16")
         self.batch_size, self.max_gen_toks = int(batch_size), int(max_gen_toks)
-        kind = find_device_type(None if device is None else str(device).partition(":")[0])
+        wanted = None if device is None else str(device).partition(":")[0]
+        # cuda is the harness's own default, whatever the machine has
+        kind = find_device_type(None if wanted == "cuda" and not torch.cuda.is_available() else wanted)
         self.model, self.its, info, _ = ckpt.load(pretrained, kind)
         prepare_inference(self.model, kind, DTYPES[dtype])
         self.calibration = info.get("calibration")
@@ -140,7 +142,7 @@ class AdambaLM(TemplateLM):
     # --- generation
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Texts that follow the contexts, up to the first of the strings in 'until', batched where the settings are equal."""
+        """Texts that follow the contexts, up to the first of the strings in 'until'; batched where settings are equal."""
         out: list = [None] * len(requests)
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):

@@ -4,7 +4,6 @@ as one plain forward pass per question, and as our engine's decoding.
 """
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from nanochat import checkpoint_manager as ckpt
 from nanochat.confidence_probe import Controls
 from nanochat.engine import Engine, prepare_inference
+from scripts import lm_eval
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_start")]
 GOLDEN = Path(__file__).parent / "golden/model"
@@ -81,7 +81,8 @@ def plain_scores(golden, mode=None, depth=None, lossless=False, budget=None):
     for q in QUESTIONS:
         scores = []
         for choice in q["choices"]:
-            context = tokenizer.encode(q["query"], prepend="<|bos|>")
+            # spaces at the context's end belong to the continuation, whose first token they are part of
+            context = tokenizer.encode(q["query"].rstrip(), prepend="<|bos|>")
             whole = tokenizer.encode(q["query"] + choice, prepend="<|bos|>")
             new = len(whole) - len(context)
             ids = torch.tensor([whole[-limit - 1:]])
@@ -155,7 +156,8 @@ def test_whole_texts_conversations_and_bad_input(golden):
         logp = model(torch.tensor([ids[first:at + n]])).log_softmax(-1)[0, -n:]
         want += float(logp.gather(1, torch.tensor(ids[at + 1:at + n + 1])[:, None]).sum())
     assert lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])[0] == pytest.approx(want, abs=1e-3)
-    chat = [{"role": "user", "content": "hi <|bos|"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "x"}]
+    chat = [{"role": "user", "content": "hi <|bos|"}, {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": "x"}]
     rendered = lm.tok_encode(lm.apply_chat_template(chat))
     assert rendered == tokenizer.render_for_completion({"messages": [*chat, {"role": "assistant", "content": ""}]})
     rendered = lm.tok_encode(lm.apply_chat_template(chat[:2], add_generation_prompt=False))
@@ -166,16 +168,14 @@ def test_whole_texts_conversations_and_bad_input(golden):
             AdambaLM(str(GOLDEN), **options)
 
 
-def test_the_harness_own_command(tasks, tmp_path):
+def test_the_harness_own_command(harness, tasks, tmp_path, monkeypatch, capsys):
     """The flags as in the documentation, a task that generates, and its file of results."""
-    pytest.importorskip("lm_eval")
     arguments = ["--model", "adamba", "--model_args", f"pretrained={GOLDEN},mode=auto",
                  "--tasks", "adamba_choice,adamba_generate",
                  "--batch_size", "8", "--include_path", str(tasks), "--output_path", str(tmp_path / "out")]
-    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "scripts.lm_eval", *arguments], capture_output=True, text=True, env=env,
-                          timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "adamba_choice" in done.stdout and "exact_match" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
+    lm_eval.main()
+    out = capsys.readouterr().out
+    assert "adamba_choice" in out and "exact_match" in out
     results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]
     assert results.keys() == {"adamba_choice", "adamba_generate"}
