@@ -11,7 +11,7 @@ class AdambaConfig(PretrainedConfig):
 
     n_layer counts attention blocks; with `hybrid`, each is followed by a Mamba-2 block. top_width is the width of attention
     and MLP matrices (n_embd, or less in an extracted model); the norm divides by d_ref at every width. The fields from
-    rope_base on are those in which nanochat's vintages differ; windows and x0_lambdas have an entry for each attention block.
+    rope_base on are those in which nanochat's vintages differ; windows and x0_lambdas have an entry per attention block.
     `adamba` holds what else is known of the model: its tag, provenance, proof and calibration.
     """
     model_type = "adamba"

@@ -4,7 +4,6 @@ Writes a checkpoint as a Hugging Face repository, shard by shard, so that a mode
 A hybrid, and a base GPT of one of nanochat's later vintages, becomes an AdambaForCausalLM, whose code lies beside the
 weights; a base GPT like nanochat-d32 becomes transformers' own NanoChatForCausalLM.
 """
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -46,7 +45,7 @@ def adamba_config(config: GPTConfig) -> dict:
     fields = asdict(config)
     hybrid = isinstance(config, HybridConfig)
     own = {name: fields.pop(name) for name in OWN_FIELDS if name in fields}
-    fields |= {"hybrid": hybrid, "d_ref": config.d_ref, "top_width": config.top_width, "modes": config.distinct_modes,
+    fields |= {"hybrid": hybrid, "d_ref": config.d_ref, "top_width": config.top_width, "modes": config.modes,
                "norm_eps": config.norm_eps, "rope_base": config.rope_base, "softcap": config.softcap,
                "value_embeds": hybrid or fields.get("value_embeds", False)}
     return {"model_type": "adamba", "architectures": ["AdambaForCausalLM"],
@@ -138,6 +137,7 @@ def write_weights(folder: Path, state: State, dtype: torch.dtype, report: Callab
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: state.get(name, state.stored(name, dtype)).contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # the library makes files that nobody else may read
         report(sum(t.nbytes for t in tensors.values()))
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -157,7 +157,3 @@ def plan_shards(state: State, dtype: torch.dtype, shard_bytes: int) -> list[list
         size += own
     return shards
 
-
-def repository_config(folder: Path) -> dict:
-    """A repository's config.json."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -150,7 +150,7 @@ def scan(x, dt, A, B, C, state):
     out = []
     for t in range(0, x.size(1), CHUNK):
         xs, dts, Bs, Cs = (v[:, t:t + CHUNK].transpose(1, 2) for v in (x, dt, B, C))  # (b, H, Q, ...)
-        decay = (dts * A[:, None]).cumsum(-1)                                          # log of the decay since the chunk began
+        decay = (dts * A[:, None]).cumsum(-1)                           # log of the decay since the chunk began
         Q = decay.size(-1)
         later = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
         between = (decay[..., :, None] - decay[..., None, :]).masked_fill(~later, float("-inf")).exp()
