@@ -33,7 +33,7 @@ def parse_args(argv):
     p = argparse.ArgumentParser(description="Write a checkpoint as a Hugging Face repository, and publish it.")
     ckpt.add_model_args(p)
     p.add_argument("--dst", required=True, help="folder to write")
-    p.add_argument("--mode", default=None, help="export the sub-model of this mode or width alone (default: the whole, which has all)")
+    p.add_argument("--mode", default=None, help="export the sub-model of this mode or width alone (default: the whole)")
     p.add_argument("--dtype", default="source", choices=list(DTYPES), help="of the matrices (default: as they are)")
     p.add_argument("--quality", default=None, metavar="JSON",
                    help="what `scripts.fractal_eval --json` wrote of this checkpoint: bits per byte, for the card")

@@ -78,8 +78,8 @@ def provenance_section(known: dict) -> str:
     proof = known.get("proof")
     if proof and "max_delta_logit" in proof:
         lines.append(f"- proof of the last change of architecture: max |delta logit| {proof['max_delta_logit']:.2e} over "
-                     f"{proof.get('probe_tokens', '?')} tokens, top-1 agreement {proof.get('top1_agreement', 0):.2%}, before "
-                     "and after it, in fp32")
+                     f"{proof.get('probe_tokens', '?')} tokens, top-1 agreement {proof.get('top1_agreement', 0):.2%}, "
+                     "before and after it, in fp32")
     if known.get("val_bpb") is not None:
         lines.append(f"- held-out bits per byte at full width at the end of training: {known['val_bpb']:.4f}")
     lines.append(f"- tokenizer fingerprint: `{known['tokenizer_fingerprint']}`")
