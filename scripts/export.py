@@ -104,7 +104,7 @@ def write(dst: Path, exported: Exported, dtype: torch.dtype, tokenizer, card: st
 def main(argv=None):
     args = parse_args(argv)
     config, info, file = ckpt.find(ckpt.chosen_model(args))
-    tokenizer, dst = ckpt.load_tokenizer(file.parent, config), Path(args.dst).expanduser()
+    tokenizer, dst = ckpt.load_tokenizer(file.parent, config, info), Path(args.dst).expanduser()
     quality, state = read_quality(args.quality), open_state(file, config)
     dtype = DTYPES[args.dtype] or state.dtype
     record = {"source_sha256": ckpt.sha256(file), "mode": args.mode, "dtype": str(dtype).removeprefix("torch.")}

@@ -101,7 +101,8 @@ class Hub:
             elif line["key"] == "deletedFile":
                 del repo["files"][value["path"]]
         repo["commits"] += 1
-        return 200, {"success": True, "commitOid": self.sha(repo), "commitUrl": f"{self.url}/{name}/commit/{self.sha(repo)}"}, {}
+        sha = self.sha(repo)
+        return 200, {"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}"}, {}
 
     def lfs_batch(self, wanted):
         objects = [{"oid": o["oid"], "size": o["size"]} | ({} if o["oid"] in self.lfs else {

@@ -141,8 +141,9 @@ def test_answers_equal_the_engines_and_end_at_stop_sequences(made, lm):
     stop = {tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")}
     special = set(tokenizer.get_special_tokens().values())
     for options, ours in (({"mode": "normal"}, {"mode": "normal"}), ({"lossless": True}, {"mode": None})):
-        whole = [tokenizer.decode(t for t in engine.tokens(tokenizer.encode(c, prepend="<|bos|>"), 24, temperature=0, stop=stop,
-                                                           **ours) if t not in special) for c in contexts]
+        prompts = [tokenizer.encode(c, prepend="<|bos|>") for c in contexts]
+        plain = [engine.tokens(p, 24, temperature=0, stop=stop, **ours) for p in prompts]
+        whole = [tokenizer.decode(t for t in tokens if t not in special) for tokens in plain]
         until = [max(whole, key=len)[9:12], "no such text"]
         got = lm(batch_size=4, **options).generate_until(instances(
             [(c, {"until": until, "max_gen_toks": 24}) for c in contexts]), disable_tqdm=True)

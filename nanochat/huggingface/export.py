@@ -117,6 +117,7 @@ def write_repository(folder: Path, model: Exported, dtype: torch.dtype, tokenize
     """Writes all files of a repository into an empty folder; report(n): n bytes more of weights were written."""
     write_weights(folder, model.state, dtype, report)
     tokenizer.save(folder)
+    (folder / "token_bytes.pt").unlink()  # told from tokenizer.json, and torch files are frowned on there
     end = tokenizer.encode_special("<|assistant_end|>")
     ids = {"bos_token_id": tokenizer.get_bos_token_id(), "eos_token_id": end, "pad_token_id": end}
     save_json({**ids, "eos_token_id": sorted(stop_tokens(tokenizer)), "do_sample": True, "temperature": 0.8, "top_k": 50},
