@@ -31,8 +31,9 @@ EXAMPLES = "examples:ARC-Easy+ARC-Challenge+MMLU+GSM8K+SmolTalk"
 class Watch:
     """
     ChatCORE per mode of a model in training, and the best model so far, kept in `folder`: the one of the fewest bits per
-    byte of held-out text, averaged over modes. ChatCORE does not choose, since its problems are those of chat_eval. most: problems of each multiple choice and of
-    each generative task, for which a model is needed that is neither sharded nor compiled (without it these are left out).
+    byte of held-out text, averaged over modes. ChatCORE does not choose, since its problems are those of chat_eval. most:
+    problems of each multiple choice and of each generative task, for which a model is needed that is neither sharded nor
+    compiled (without it these are left out).
     """
     def __init__(self, folder: Path, tasks: list, most: tuple[int, int], batch_size: int, info: dict):
         self.folder, self.tasks, self.most, self.batch_size, self.info = folder, tasks, most, batch_size, info
@@ -73,7 +74,8 @@ def parse_args(argv) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("--data", default=None,
                    help=f"as in fractal_train (default: on a GPU {HUB_DATA}, on a CPU {EXAMPLES}, which only shows that it "
                         "works)")
-    p.add_argument("--num-iterations", type=int, default=STEPS, help=f"optimizer steps (default: {STEPS}, nanochat-d32's)")
+    p.add_argument("--num-iterations", type=int, default=None,
+                   help=f"optimizer steps (default: {STEPS}, nanochat-d32's, or what --target-hours allows)")
     p.add_argument("--total-batch-size", type=int, default=None,
                    help=f"tokens per optimizer step (default: {ROWS} rows, nanochat's)")
     p.add_argument("--init-lr-frac", type=float, default=0.02,
@@ -112,9 +114,11 @@ def main(argv=None) -> dict:
     device = find_device_type(args.device_type)
     data = args.data or (HUB_DATA if device == "cuda" else EXAMPLES)
     total = args.total_batch_size or ROWS * config.sequence_len
+    timed = any(flag.startswith("--target-hours") for flag in rest)
+    steps = STEPS if args.num_iterations is None and not timed else args.num_iterations
     training, given = fractal_train.parse_args([
         "--checkpoint", str(path), "--unfreeze", "--matryoshka", "--sample-dim", "--data", data,
-        "--num-iterations", str(args.num_iterations), "--total-batch-size", str(total),
+        *(["--num-iterations", str(steps)] if steps is not None else []), "--total-batch-size", str(total),
         "--lr-scale", str(args.init_lr_frac), "--warmdown-ratio", "1", "--eval-every", str(args.eval_every),
         "--tag", f"{info.get('tag', name)}_sft", "--device-type", device, *rest])
     compiled = device == "cuda" if training.compile is None else training.compile

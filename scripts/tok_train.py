@@ -33,13 +33,13 @@ def parse_args(argv) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def gpt2_if_cached() -> tiktoken.Encoding | None:
-    """GPT-2's encoding where tiktoken has its files in the cache; never over the network."""
+def cached_encoding(name: str) -> tiktoken.Encoding | None:
+    """An encoding of OpenAI's where tiktoken has its files in the cache; never over the network."""
     def refuse(path: str) -> bytes:
         raise OSError(f"{path} is not cached")
     read_file, tiktoken.load.read_file = tiktoken.load.read_file, refuse
     try:
-        return tiktoken.get_encoding("gpt2")
+        return tiktoken.get_encoding(name)
     except OSError:
         return None
     finally:
@@ -75,7 +75,7 @@ def main(argv=None) -> None:
         raise ValueError(f"the tokenizer is written, but cannot be judged: the validation shard of {folder} holds no text; "
                          "give more or longer documents")
     line = f"validation: {nbytes:,} bytes in {tokens:,} tokens = {nbytes / tokens:.3f} bytes per token"
-    gpt2 = gpt2_if_cached()
+    gpt2 = cached_encoding("gpt2")
     if gpt2 is not None:
         pieces = [piece for text in texts for piece in cut_spaces(text)]
         line += f" (GPT-2's 50,257 ids: {nbytes / sum(map(len, gpt2.encode_ordinary_batch(pieces))):.3f})"

@@ -58,7 +58,8 @@ def letter_ids(tokenizer, conversation: dict) -> list[int]:
 def choose_in_passes(model, tokenizer, task: Task, count: int, batch_size: int, widths=None) -> float:
     """
     The share of right answers to a categorical task's first `count` problems, by plain forward passes, as a model in
-    training can make them, sharded over ranks or not: all ranks call and get the same. A question too long for the model is wrong.
+    training can make them, sharded over ranks or not: all ranks call and get the same. A question too long for the model
+    is wrong.
     """
     rank, world = get_rank()
     problems = [task[i] for i in range(count)]
