@@ -11,7 +11,7 @@ import urllib.parse
 class Hub:
     """
     repos: {USER/NAME: {"private": bool, "files": {path: bytes}, "commits": int}}. uploads: oids in the order they came;
-    fail_after: how many uploads succeed before the server answers 500 to all others (None: all succeed). token: who else may
+    fail_after: how many uploads succeed before the server answers 507 to all others (None: all succeed). token: who else may
     not write.
     """
     def __init__(self, token="hf_test"):
@@ -111,7 +111,7 @@ class Hub:
 
     def receive(self, oid, body):
         if self.fail_after is not None and len(self.uploads) >= self.fail_after:
-            return 500, {"error": "the disk of the hub is full"}, {}
+            return 507, {"error": "the disk of the hub is full"}, {}
         assert hashlib.sha256(body).hexdigest() == oid
         self.lfs[oid] = body
         self.uploads.append(oid)

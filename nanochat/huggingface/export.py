@@ -130,9 +130,9 @@ def write_repository(folder: Path, model: Exported, dtype: torch.dtype, tokenize
 
 
 def write_weights(folder: Path, state: State, dtype: torch.dtype, report: Callable[[int], None],
-                  shard_bytes: int = SHARD_BYTES) -> None:
-    """model.safetensors, or shards of at most shard_bytes (or one tensor) each and their index."""
-    shards = plan_shards(state, dtype, shard_bytes)
+                  shard_bytes: int | None = None) -> None:
+    """model.safetensors, or shards of at most shard_bytes (None: SHARD_BYTES) or one tensor each, and their index."""
+    shards = plan_shards(state, dtype, shard_bytes or SHARD_BYTES)
     index = {}
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"

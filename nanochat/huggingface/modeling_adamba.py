@@ -351,8 +351,8 @@ class AdambaForCausalLM(PreTrainedModel, GenerationMixin):
                 x = block(x, width, rope, positions, mask_of(window), value, memory, size)
             if i + 1 == backout:
                 middle = x
-        if backout is not None:
-            x = x - c.backout_lambda * (x if middle is None else middle.to(x.device))
+        if middle is not None:
+            x = x - c.backout_lambda * middle.to(x.device)
         if cache is not None:
             cache.lengths = start + (T if counts is None else counts)
             cache.columns += T
