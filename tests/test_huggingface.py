@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import randomize
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.checkpoint_manager import build_model
@@ -200,7 +200,7 @@ def test_it_loads_where_our_package_is_not(models, tmp_path):
         for name in ("nanochat", "scripts", "mamba_ssm", "tiktoken", "rustbpe"):
             sys.modules[name] = None
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
         model = AutoModelForCausalLM.from_pretrained("copy", trust_remote_code=True, mode="normal")
         x = torch.tensor(json.loads(sys.argv[1]))
         with torch.no_grad():
@@ -211,6 +211,19 @@ def test_it_loads_where_our_package_is_not(models, tmp_path):
     got = torch.tensor(json.loads(run.stdout.splitlines()[-1]))
     with torch.no_grad():
         assert (got - models["hybrid"].model(x, widths="normal")[0, -1]).abs().max() < 5e-6
+
+
+def test_the_tokenizer_and_the_chat_template_are_ours(models, tokenizer, theirs):
+    for name in ("hybrid", "base"):
+        auto = AutoTokenizer.from_pretrained(models[name].repo)
+        text = "some words, said 123 again\n naïve 漢字 🙂"
+        assert auto(text)["input_ids"] == tokenizer.encode(text, prepend="<|bos|>")
+        chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": text}]
+        ids = auto.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert ids == tokenizer.render_for_completion({"messages": [*chat, {"role": "assistant", "content": ""}]})
+        generation, end = theirs[name].generation_config, tokenizer.encode_special("<|assistant_end|>")
+        assert generation.eos_token_id == [tokenizer.get_bos_token_id(), end]
+        assert generation.bos_token_id == auto.bos_token_id == tokenizer.get_bos_token_id()
 
 
 # --- files

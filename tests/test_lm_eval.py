@@ -185,6 +185,23 @@ def test_bad_options_are_named(lm):
 
 
 @pytest.mark.slow
+def test_an_exported_repository_scores_the_same_as_a_transformers_model(made, lm, tmp_path):
+    """lm-eval's `hf` on the exported folder, in a mode, against ours on the checkpoint."""
+    from lm_eval.models.huggingface import HFLM
+
+    from scripts import export
+    export.main(["--checkpoint", str(made[2]), "--dst", str(tmp_path / "repo")])
+    theirs = HFLM(pretrained=str(tmp_path / "repo"), trust_remote_code=True, mode="ghost", dtype="float32", device="cpu",
+                  batch_size=5)
+    requests = instances([t[:2] for t in pairs(made[1])])
+    ours = lm(mode="ghost", batch_size=4).loglikelihood(requests, disable_tqdm=True)
+    for (a, greedy), (b, also) in zip(ours, theirs.loglikelihood(requests, disable_tqdm=True), strict=True):
+        assert abs(a - b) < 1e-3 and greedy == also
+    asked = instances([(f"{doc['question']}:", {"until": ["zz"], "max_gen_toks": 20}) for doc in DOCS])
+    assert lm(mode="ghost").generate_until(asked, True) == theirs.generate_until(asked, True)
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_lm_evals_own_command_gives_our_scores(made, tmp_path, monkeypatch, capsys):
     """Its command line, its task files, its tables."""
