@@ -11,7 +11,8 @@ class AdambaConfig(PretrainedConfig):
 
     n_layer counts attention blocks; with `hybrid`, each is followed by a Mamba-2 block. top_width is the width of attention
     and MLP matrices (n_embd, or less in an extracted model); the norm divides by d_ref at every width. The fields from
-    rope_base on are those in which nanochat's vintages differ; windows and x0_lambdas have an entry per attention block.
+    rope_base on are those in which nanochat's vintages differ: windows and x0_lambdas have an entry per attention block;
+    value_embeds says whether the base has some (a hybrid always has).
     `adamba` holds what else is known of the model: its tag, provenance, proof and calibration.
     """
     model_type = "adamba"
@@ -23,7 +24,7 @@ class AdambaConfig(PretrainedConfig):
                  d_ref=None, top_width=None, modes=None, mode=None, exit_depth=None, mamba_expand=3, mamba_headdim=64,
                  mamba_d_state=128, mamba_d_conv=4, mamba_group_width=768, norm_eps=2.0 ** -23, rope_base=10000.0,
                  softcap=15.0, qk_scale=1.0, windows=(), x0_lambdas=(), smear_gate=(), smear_lambda=0.0, backout_lambda=0.0,
-                 value_embeds=None, use_cache=True, adamba=None, **kwargs):
+                 value_embeds=False, use_cache=True, adamba=None, **kwargs):
         self.sequence_len, self.vocab_size = sequence_len, vocab_size
         self.n_layer, self.n_head, self.n_kv_head, self.n_embd, self.hybrid = n_layer, n_head, n_kv_head, n_embd, hybrid
         self.d_ref, self.top_width = d_ref or n_embd, top_width or n_embd
@@ -34,8 +35,7 @@ class AdambaConfig(PretrainedConfig):
         self.norm_eps, self.rope_base, self.softcap, self.qk_scale = norm_eps, rope_base, softcap, qk_scale
         self.windows, self.x0_lambdas, self.smear_gate = list(windows), list(x0_lambdas), list(smear_gate)
         self.smear_lambda, self.backout_lambda = smear_lambda, backout_lambda
-        self.value_embeds = hybrid if value_embeds is None else value_embeds
-        self.use_cache, self.adamba = use_cache, dict(adamba or {})
+        self.value_embeds, self.use_cache, self.adamba = value_embeds, use_cache, dict(adamba or {})
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 

@@ -46,8 +46,7 @@ def adamba_config(config: GPTConfig) -> dict:
     hybrid = isinstance(config, HybridConfig)
     own = {name: fields.pop(name) for name in OWN_FIELDS if name in fields}
     fields |= {"hybrid": hybrid, "d_ref": config.d_ref, "top_width": config.top_width, "modes": config.modes,
-               "norm_eps": config.norm_eps, "rope_base": config.rope_base, "softcap": config.softcap,
-               "value_embeds": hybrid or fields.get("value_embeds", False)}
+               "norm_eps": config.norm_eps, "rope_base": config.rope_base, "softcap": config.softcap}
     return {"model_type": "adamba", "architectures": ["AdambaForCausalLM"],
             "auto_map": {"AutoConfig": "configuration_adamba.AdambaConfig",
                          "AutoModelForCausalLM": "modeling_adamba.AdambaForCausalLM"}, **fields, **own}

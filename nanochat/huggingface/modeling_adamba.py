@@ -247,7 +247,7 @@ class AdambaForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         per, c = 2 if config.hybrid else 1, config
-        self.tables = [i for i in range(c.n_layer) if c.value_embeds and (c.n_layer - 1 - i) % 2 == 0]
+        self.tables = [i for i in range(c.n_layer) if (c.hybrid or c.value_embeds) and (c.n_layer - 1 - i) % 2 == 0]
         blocks = []
         for i in range(c.n_layer):
             blocks.append(AdambaAttentionBlock(c, i in self.tables))
