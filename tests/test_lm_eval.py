@@ -1,181 +1,232 @@
-"""
-The evaluation harness through our adapter: its own command and evaluator, on a small task that lies here; the same numbers
-as one plain forward pass per question, and as our engine's decoding.
-"""
+"""lm-eval with our models, on a small task shipped here: equal to scores made one text at a time, in every mode."""
 import json
-import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import randomize
 
 from nanochat import checkpoint_manager as ckpt
+from nanochat.checkpoint_manager import build_model
 from nanochat.confidence_probe import Controls
-from nanochat.engine import Engine, prepare_inference
-from scripts import lm_eval
+from nanochat.engine import Engine
+from nanochat.gpt import GPTConfig
+from nanochat.hybrid_gpt import HybridConfig
+from nanochat.tokenizer import Tokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_start")]
-GOLDEN = Path(__file__).parent / "golden/model"
-QUESTIONS = [{"query": "def read(self, ", "choices": ["size=-1):", "))))", "import"], "gold": 0},
-             {"query": "import os\nclass ", "choices": ["the", "A(object):", "A:"], "gold": 2},
-             {"query": "for i in range(", "choices": [" ", "n):", "10):\n        x = i"], "gold": 1},
-             {"query": "", "choices": ["    return self", "zqzq zq", "def"], "gold": 0},
-             {"query": "return " * 30, "choices": ["None", "self._x", "0"], "gold": 1}]
-TASK = """
-task: {name}
+pytest.importorskip("lm_eval")
+
+DOCS = [{"question": q, "choices": ["some words", "more", "said them again", "xyz"], "answer": i % 4}
+        for i, q in enumerate(["what did they say", "words and", "again and again and again they said", "a", "some of them",
+                               "ab bh co dv"])]
+CHOICE = """
+task: small_choice
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
+dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
-"""
-CHOICE = TASK + """
 output_type: multiple_choice
-doc_to_text: query
-doc_to_choice: choices
-doc_to_target: gold
-target_delimiter: ""
+doc_to_text: "{{{{question}}}}:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: acc}}]
 """
-GENERATE = TASK + """
+ANSWERS = """
+task: small_answers
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
 output_type: generate_until
-doc_to_text: query
-doc_to_target: "{{{{choices[gold]}}}}"
-target_delimiter: ""
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 12}}
+doc_to_text: "{{{{question}}}}:"
+doc_to_target: "{{{{choices[0]}}}}"
+generation_kwargs: {{until: [" s"], max_gen_toks: 24}}
 metric_list: [{{metric: exact_match}}]
+"""
+ROLLING = """
+task: small_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: bits_per_byte}}]
 """
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "data.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
-    for name, text in (("choice", CHOICE), ("generate", GENERATE)):
-        (folder / f"{name}.yaml").write_text(text.format(name=f"adamba_{name}", file=folder / "data.jsonl"))
-    return folder
+def made(tmp_path_factory):
+    """(model, tokenizer, its folder, the tasks' folder): a hybrid whose controls decide this and that."""
+    folder = tmp_path_factory.mktemp("lm_eval")
+    tokenizer = Tokenizer.train_from_iterator(["some words and some more words, said some of them again and again"] * 3 + [
+        "".join(chr(97 + i % 26) + chr(97 + i * 7 % 26) + " " for i in range(400))], 300)
+    config = GPTConfig(sequence_len=96, vocab_size=300, n_layer=4, n_head=4, n_kv_head=4, n_embd=64)
+    model = randomize(build_model(HybridConfig.from_base(config)))
+    with torch.no_grad():
+        model.gate.c_proj.bias.fill_(0.0)
+        model.gate.c_proj.weight.normal_(std=0.7, generator=torch.Generator().manual_seed(3))
+    ckpt.save_export(folder / "model", model, tokenizer, {"calibration": {"budget": 0.8, "prices": [[0.8, 0.01]]}})
+    (folder / "tasks").mkdir()
+    data = folder / "docs.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
+    for name, text in (("choice", CHOICE), ("answers", ANSWERS), ("rolling", ROLLING)):
+        (folder / f"tasks/{name}.yaml").write_text(text.format(data=data))
+    return model, tokenizer, folder / "model", folder / "tasks"
 
 
-@pytest.fixture(scope="module")
-def harness(tmp_path_factory):
-    """simple_evaluate of the harness; its data sets' cache lies in a temporary folder."""
-    evaluator = pytest.importorskip("lm_eval.evaluator")
-    import datasets
-    datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("cache"))
-    return evaluator.simple_evaluate
+@pytest.fixture
+def lm(made, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    from nanochat.huggingface.lm_eval_model import AdambaLM
+
+    def make(**options):
+        return AdambaLM(str(made[2]), device="cpu", **options)
+    return make
 
 
-@pytest.fixture(scope="module")
-def golden():
-    model, tokenizer, info, _ = ckpt.load(GOLDEN)
-    prepare_inference(model, "cpu", torch.float32)
-    return model, tokenizer, info["calibration"]
-
-
-MODES = [{}, {"mode": "ghost"}, {"mode": 16}, {"depth": 4}, {"lossless": True}, {"mode": "auto", "budget": 0.7}]
-
-
-def plain_scores(golden, mode=None, depth=None, lossless=False, budget=None):
-    """Question -> the choices' log-likelihoods, each from a forward pass of its own."""
-    model, tokenizer, calibration = golden
-    out, limit = [], model.config.sequence_len
-    for q in QUESTIONS:
-        scores = []
-        for choice in q["choices"]:
-            # spaces at the context's end belong to the continuation, whose first token they are part of
-            context = tokenizer.encode(q["query"].rstrip(), prepend="<|bos|>")
-            whole = tokenizer.encode(q["query"] + choice, prepend="<|bos|>")
-            new = len(whole) - len(context)
-            ids = torch.tensor([whole[-limit - 1:]])
-            x, targets = ids[:, :-1], ids[0, -new:]
-            if mode == "auto":
-                acts = torch.arange(x.size(1))[None] >= x.size(1) - new
-                control = Controls(model, budget, calibration=calibration)
-                h = control.parallel(x, [x[0, :x.size(1) - new + 1].tolist()], acts)[0]
-            else:
-                h = model.hidden(x, mode, depth)
-            scores.append(float(model.logits(h[0, -new:]).log_softmax(-1).gather(1, targets[:, None]).sum()))
-        out.append(scores)
+def pairs(tokenizer):
+    out = []
+    for doc in DOCS:
+        for choice in doc["choices"]:
+            context = f"{doc['question']}:"
+            whole = tokenizer.encode(f"{context} {choice}", prepend="<|bos|>")
+            n = len(tokenizer.encode(context, prepend="<|bos|>"))
+            out.append((f"{context}", f" {choice}", whole[:n], whole[n:]))
     return out
 
 
-@torch.inference_mode()
-def test_log_likelihoods_are_those_of_plain_passes(harness, golden, tasks):
-    """In all modes, batched; and so the accuracy."""
-    from lm_eval.tasks import TaskManager
-
-    from nanochat.lm_eval_model import AdambaLM
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    seen = set()
-    for options in MODES:
-        lm = AdambaLM(str(GOLDEN), batch_size=4, dtype="float32", **options)
-        result = harness(lm, tasks=["adamba_choice"], task_manager=manager, bootstrap_iters=0)
-        want = plain_scores(golden, **options)
-        samples = sorted(result["samples"]["adamba_choice"], key=lambda s: s["doc_id"])
-        for sample, scores in zip(samples, want, strict=True):
-            got = [r[0][0] if isinstance(r[0], (list, tuple)) else r[0] for r in sample["resps"]]
-            assert got == pytest.approx(scores, abs=2e-4), options
-        right = [max(range(3), key=s.__getitem__) == q["gold"] for s, q in zip(want, QUESTIONS)]
-        assert result["results"]["adamba_choice"]["acc,none"] == pytest.approx(sum(right) / len(right))
-        seen.add(tuple(round(s, 3) for scores in want for s in scores))
-    assert len(seen) == len(MODES) - 1  # lossless scores as full compute; every other mode otherwise
-
-
-@torch.inference_mode()
-def test_generation_is_the_engines(golden):
+def instances(lm_args):
     from lm_eval.api.instance import Instance
-
-    from nanochat.lm_eval_model import AdambaLM
-    model, tokenizer, calibration = golden
-    prompts = ["def read(self, ", "import os\nclass ", "for i in range("]
-    for options in MODES:
-        lm = AdambaLM(str(GOLDEN), batch_size=2, dtype="float32", **options)
-        asked = [Instance("generate_until", {}, (p, {"until": ["\n", "  "], "max_gen_toks": 12}), i)
-                 for i, p in enumerate(prompts)]
-        got = lm.generate_until(asked, disable_tqdm=True)
-        for prompt, text in zip(prompts, got, strict=True):
-            ids = tokenizer.encode(prompt, prepend="<|bos|>")
-            answer = Engine(model, tokenizer, calibration).answers([ids], 12, temperature=0, stop={ids[0]}, **options)[0]
-            want = tokenizer.decode([i for i in answer if i < 311])
-            assert text == want[:min((want.find(u) for u in ("\n", "  ") if u in want), default=len(want))], options
-    assert any(got)
+    return [Instance("loglikelihood", {}, args, i) for i, args in enumerate(lm_args)]
 
 
-@torch.inference_mode()
-def test_whole_texts_conversations_and_bad_input(golden):
-    from lm_eval.api.instance import Instance
+@torch.no_grad()
+@pytest.mark.parametrize("mode", [None, "ghost", 32])
+@pytest.mark.parametrize("depth", [None, 3])
+def test_log_likelihoods_equal_those_of_one_text_at_a_time(made, lm, mode, depth):
+    model, tokenizer, *_ = made
+    texts = pairs(tokenizer)
+    got = lm(mode=mode, depth=depth, batch_size=5).loglikelihood(instances([t[:2] for t in texts]), disable_tqdm=True)
+    for (_, _, context, continuation), (score, is_greedy) in zip(texts, got):
+        logits = model(torch.tensor([context + continuation[:-1]]), widths=mode, exits=depth)[0, len(context) - 1:]
+        want = logits.log_softmax(-1)[range(len(continuation)), continuation].sum()
+        assert abs(score - float(want)) < 1e-4
+        assert is_greedy == (logits.argmax(-1).tolist() == continuation)
 
-    from nanochat.lm_eval_model import AdambaLM
-    model, tokenizer, _ = golden
-    lm = AdambaLM(str(GOLDEN), batch_size=2, dtype="float32")
-    text = Path(os.__file__).read_text()[:600]
-    ids = tokenizer.encode(text, prepend="<|bos|>")
-    want, T = 0.0, model.config.sequence_len
-    for at in range(0, len(ids) - 1, T):
-        n = min(T, len(ids) - 1 - at)
-        first = max(0, at + n - T) if at else 0
-        logp = model(torch.tensor([ids[first:at + n]])).log_softmax(-1)[0, -n:]
-        want += float(logp.gather(1, torch.tensor(ids[at + 1:at + n + 1])[:, None]).sum())
-    assert lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])[0] == pytest.approx(want, abs=1e-3)
-    chat = [{"role": "user", "content": "hi <|bos|"}, {"role": "assistant", "content": "yes"},
-            {"role": "user", "content": "x"}]
-    rendered = lm.tok_encode(lm.apply_chat_template(chat))
-    assert rendered == tokenizer.render_for_completion({"messages": [*chat, {"role": "assistant", "content": ""}]})
-    rendered = lm.tok_encode(lm.apply_chat_template(chat[:2], add_generation_prompt=False))
-    assert rendered == tokenizer.render_conversation({"messages": chat[:2]})[0][:-1]
-    for options, words in (({"mode": "wide"}, "unknown mode 'wide'"), ({"dtype": "int8"}, "choose float32"),
-                           ({"budget": 0.5}, "mode auto only"), ({"batch_size": "auto"}, "a number of rows")):
+
+@torch.no_grad()
+def test_auto_scores_what_decoding_would(made, lm):
+    """The log-likelihood of the engine's own greedy answer, from the depths and widths at which it was decoded."""
+    model, tokenizer, folder, _ = made
+    info = ckpt.find(folder).info
+    ours, depths = lm(mode="auto", budget=0.8, batch_size=3), set()
+    engine = Engine(model, tokenizer, info["calibration"])
+    prompts = [tokenizer.encode(doc["question"], prepend="<|bos|>") for doc in DOCS]
+    answers = [list(engine.tokens(p, 12, temperature=0, mode="auto", budget=0.8)) for p in prompts]
+    kept = [(p, a) for p, a in zip(prompts, answers) if a]
+    got = ours._loglikelihood_tokens([(None, p, a) for p, a in kept], disable_tqdm=True)
+    for (p, a), (score, is_greedy) in zip(kept, got):
+        list(engine.tokens(p, 12, temperature=0, mode="auto", budget=0.8))
+        trace, n = engine.traces[0], len(p) - 1
+        depths |= {d for d, _ in trace.steps}
+        exits = torch.tensor([[model.config.n_block] * n + [d for d, _ in trace.steps]])[:, :n + len(a)]
+        widths = torch.tensor([[trace.widths] * n + [w for _, w in trace.steps]])[:, :n + len(a)]
+        logits = model(torch.tensor([p + a[:-1]]), widths=widths, exits=exits)[0, n:]
+        assert is_greedy and abs(score - float(logits.log_softmax(-1)[range(len(a)), a].sum())) < 1e-4
+    assert len(depths) > 1
+    assert Controls(model, 0.8, calibration=info["calibration"]).price == 0.01
+
+
+def test_answers_equal_the_engines_and_end_at_stop_sequences(made, lm):
+    model, tokenizer, *_ = made
+    engine, contexts = Engine(model, tokenizer), [f"{doc['question']}:" for doc in DOCS]
+    stop = {tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")}
+    special = set(tokenizer.get_special_tokens().values())
+    for options, ours in (({"mode": "normal"}, {"mode": "normal"}), ({"lossless": True}, {"mode": None})):
+        prompts = [tokenizer.encode(c, prepend="<|bos|>") for c in contexts]
+        plain = [engine.tokens(p, 24, temperature=0, stop=stop, **ours) for p in prompts]
+        whole = [tokenizer.decode(t for t in tokens if t not in special) for tokens in plain]
+        until = [max(whole, key=len)[9:12], "no such text"]
+        got = lm(batch_size=4, **options).generate_until(instances(
+            [(c, {"until": until, "max_gen_toks": 24}) for c in contexts]), disable_tqdm=True)
+        assert got == [text.split(until[0])[0] for text in whole] and got != whole
+
+
+def test_conversations_are_rendered_as_in_training(made, lm):
+    _, tokenizer, *_ = made
+    ours = lm()
+    history = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "some words"}]
+    ids = tokenizer.render_for_completion({"messages": [*history, {"role": "assistant", "content": ""}]})
+    assert ours.tok_encode(ours.apply_chat_template(history)) == ids
+    begun = [*history, {"role": "assistant", "content": "more"}]
+    assert ours.tok_encode(ours.apply_chat_template(begun, add_generation_prompt=False)) == ids + tokenizer.encode("more")
+
+
+def test_long_texts_are_scored_in_windows(made, lm):
+    model, tokenizer, *_ = made
+    text = "some words and more " * 30
+    ids = tokenizer.encode(text)
+    assert len(ids) > 2 * model.config.sequence_len
+    (got,) = lm(batch_size=2).loglikelihood_rolling(instances([(text,)]), disable_tqdm=True)
+    with torch.no_grad():
+        want, T = 0.0, model.config.sequence_len
+        for at in range(0, len(ids), T):
+            end = min(at + T, len(ids))
+            start = max(0, end - T)
+            before = [tokenizer.get_bos_token_id()] if start == 0 else [ids[start - 1]]
+            logits = model(torch.tensor([before + ids[start:end - 1]]))[0]
+            want += float(logits.log_softmax(-1)[range(at - start, end - start), ids[at:end]].sum())
+    assert abs(got - want) < 1e-3
+
+
+def test_bad_options_are_named(lm):
+    for options, words in (({"mode": "loud"}, "unknown mode 'loud'"), ({"batch_size": "auto"}, "give a number"),
+                           ({"trust_remote_code": True}, "is not known"), ({"budget": 0.5}, "mode auto only")):
         with pytest.raises(ValueError, match=words):
-            AdambaLM(str(GOLDEN), **options)
+            lm(**options)
 
 
-def test_the_harness_own_command(harness, tasks, tmp_path, monkeypatch, capsys):
-    """The flags as in the documentation, a task that generates, and its file of results."""
-    arguments = ["--model", "adamba", "--model_args", f"pretrained={GOLDEN},mode=auto",
-                 "--tasks", "adamba_choice,adamba_generate",
-                 "--batch_size", "8", "--include_path", str(tasks), "--output_path", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
-    lm_eval.main()
-    out = capsys.readouterr().out
-    assert "adamba_choice" in out and "exact_match" in out
+@pytest.mark.slow
+def test_an_exported_repository_scores_the_same_as_a_transformers_model(made, lm, tmp_path):
+    """lm-eval's `hf` on the exported folder, in a mode, against ours on the checkpoint."""
+    from lm_eval.models.huggingface import HFLM
+
+    from scripts import export
+    export.main(["--checkpoint", str(made[2]), "--dst", str(tmp_path / "repo")])
+    theirs = HFLM(pretrained=str(tmp_path / "repo"), trust_remote_code=True, mode="ghost", dtype="float32", device="cpu",
+                  batch_size=5)
+    requests = instances([t[:2] for t in pairs(made[1])])
+    ours = lm(mode="ghost", batch_size=4).loglikelihood(requests, disable_tqdm=True)
+    for (a, greedy), (b, also) in zip(ours, theirs.loglikelihood(requests, disable_tqdm=True), strict=True):
+        assert abs(a - b) < 1e-3 and greedy == also
+    asked = instances([(f"{doc['question']}:", {"until": ["zz"], "max_gen_toks": 20}) for doc in DOCS])
+    assert lm(mode="ghost").generate_until(asked, True) == theirs.generate_until(asked, True)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_lm_evals_own_command_gives_our_scores(made, tmp_path, monkeypatch, capsys):
+    """Its command line, its task files, its tables."""
+    from scripts import lm_eval as script
+    model, tokenizer, folder, tasks = made
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.argv", ["lm_eval"])
+    script.main(["--model", "adamba", "--model_args", f"pretrained={folder},mode=normal", "--include_path", str(tasks),
+                 "--tasks", "small_choice,small_answers,small_rolling", "--batch_size", "4", "--device", "cpu",
+                 "--output_path", str(tmp_path / "out"), "--log_samples"])
+    assert "small_choice" in capsys.readouterr().out
     results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]
-    assert results.keys() == {"adamba_choice", "adamba_generate"}
+    texts, right = pairs(tokenizer), 0
+    for d, doc in enumerate(DOCS):
+        scores = []
+        for _, _, context, continuation in texts[4 * d:4 * d + 4]:
+            logits = model(torch.tensor([context + continuation[:-1]]), widths="normal")[0, len(context) - 1:]
+            scores.append(float(logits.log_softmax(-1)[range(len(continuation)), continuation].sum()))
+        right += scores.index(max(scores)) == doc["answer"]
+    assert results["small_choice"]["acc,none"] == pytest.approx(right / len(DOCS))
+    nats = nbytes = 0
+    for doc in DOCS:
+        ids = tokenizer.encode(doc["question"], prepend="<|bos|>")
+        logits = model(torch.tensor([ids[:-1]]), widths="normal")[0]
+        nats -= float(logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].sum())
+        nbytes += len(doc["question"])
+    assert results["small_rolling"]["bits_per_byte,none"] == pytest.approx(nats / nbytes / 0.693147181, abs=1e-4)
