@@ -8,22 +8,37 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from nanochat.cache import MatryoshkaKVCache
+from nanochat.tool_use import ToolUse
+
+PROBE_TOKENS = 64
 PROBE = {"messages": [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}]}
 
 
 @torch.inference_mode()
 def check_chats(model, tokenizer) -> None:
     """
-    ValueError for a model that was never taught to chat: one that gives <|assistant_end|> after a finished answer less than
-    a tenth of the probability that it would have by chance.
+    ValueError for a model that was never taught to chat: one that gives <|assistant_end|> less than a tenth of the
+    probability that it would have by chance, both after a finished answer and anywhere in an answer of its own. (One that
+    was taught answers of one kind only need not end as the finished answer does.)
     """
     ids, _ = tokenizer.render_conversation(PROBE)
-    end = tokenizer.encode_special("<|assistant_end|>")
-    ids = torch.tensor([ids[:ids.index(end)]], device=model.device)
-    chance = 1 / tokenizer.get_vocab_size()
-    if float(model(ids)[0, -1].float().softmax(-1)[end]) < 0.1 * chance:
-        raise ValueError("this is a base model: it was never taught to end an answer, so it cannot chat. Complete text with "
-                         "it, or train it on conversations first")
+    end, start = map(tokenizer.encode_special, ("<|assistant_end|>", "<|assistant_start|>"))
+    least = 0.1 / tokenizer.get_vocab_size()
+    finished, question = ids[:ids.index(end)], ids[:ids.index(start) + 1]
+    if float(model(torch.tensor([finished], device=model.device))[0, -1].float().softmax(-1)[end]) >= least:
+        return
+    most = min(PROBE_TOKENS, model.config.sequence_len - len(question))
+    cache, tool, new = MatryoshkaKVCache(model, 1, len(question) + most), ToolUse(tokenizer), question
+    for _ in range(most):
+        h = model.hidden(torch.tensor([new], device=model.device), cache=cache)
+        probs = model.logits(h[:, -1])[0].float().softmax(-1)
+        if float(probs[end]) >= least:
+            return
+        new = tool.next([int(probs.argmax())])
+        tool.wrote(new[0])
+    raise ValueError("this is a base model: it was never taught to end an answer, so it cannot chat. Complete text with "
+                     "it, or train it on conversations first")
 
 
 def stop_tokens(tokenizer) -> set[int]:

@@ -8,7 +8,7 @@ Three layouts, the first two beside the step_N/ folders that training resumes fr
 A step's meta file is written last and marks the checkpoint as whole. Every file is loaded with weights_only=True.
 """
 import contextlib
-import errno
+import glob
 import hashlib
 import io
 import json
@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 import shutil
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,11 +25,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanochat.common import atomic_write, fsync_dir, get_base_dir, get_rank, print0, user_path
+from nanochat.common import atomic_write, fsync_dir, get_base_dir, get_rank, is_full, print0, raise_if_full, user_path
 from nanochat.distributed import full_optimizer_state, full_state, local, local_rows
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
 from nanochat.loss_eval import judge_tokenizer
+from nanochat.owner import own
 
 if TYPE_CHECKING:  # models load without the packages that text needs
     from nanochat.tokenizer import Tokenizer
@@ -460,21 +462,23 @@ def load(path: str | os.PathLike, device="cpu") -> Loaded:
 
 
 @contextlib.contextmanager
-def replace_folder(folder: Path, known=EXPORT_FILES):
+def replace_folder(folder: Path):
     """
-    Gives an empty folder to write an export into, which becomes `folder` in one step once all is written; on any error it
-    is removed. An earlier export there stays until then. What a killed run left is removed, and was never called `folder`.
-    ValueError for a folder that holds other files than those `known`, an export's; OSError when the disk is full.
+    Gives an empty folder to write an export into, which becomes `folder` (where it points, if it is a link) in one step once
+    all is written; on any error it is removed. An earlier export there stays until then. What a killed run left is removed,
+    and was never called `folder`. The caller owns it (owner.py). ValueError for a folder that holds anything but an export;
+    OSError when the disk is full.
     """
-    folder = Path(folder)
-    new, old = (folder.parent / f".{folder.name}.{end}" for end in ("tmp", "old"))
-    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - known):
+    folder = own(folder)
+    old = folder.parent / f".{folder.name}.old"
+    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - EXPORT_FILES):
         raise ValueError(f"{folder} exists and is no export (it holds other files): name another folder with --dst")
     folder.parent.mkdir(parents=True, exist_ok=True)
     if old.exists() and not folder.exists():
         os.rename(old, folder)  # an earlier run was killed between the two renames below
-    for left in (new, old):
+    for left in (old, *folder.parent.glob(f".{glob.escape(folder.name)}.*.new")):
         shutil.rmtree(left, ignore_errors=True)
+    new = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.new"
     try:
         new.mkdir()
         yield new
@@ -486,9 +490,9 @@ def replace_folder(folder: Path, known=EXPORT_FILES):
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as e:
         shutil.rmtree(new, ignore_errors=True)
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(e.errno, f"no room left to write {folder}; what was there before is untouched: "
-                                   "free some disk space and run the same command again") from e
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        raise_if_full(e, folder)
         raise
 
 
@@ -505,7 +509,7 @@ def download(repo: str, folder: Path) -> None:
     except RepositoryNotFoundError as e:
         raise ValueError(f"{repo} is not on the hub, or you may not read it (`hf auth login`): check the name") from e
     except Exception as e:  # the hub's client lets several libraries' exceptions through
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(e):
             raise OSError(e.errno, f"no room left to download {repo} into {folder}: free some disk space and run the same "
                                    "command again") from e
         raise ConnectionError(f"{repo} could not be fetched ({_line(e)}): check the network and run the same command again "

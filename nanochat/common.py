@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -51,7 +52,30 @@ def get_rank() -> tuple[int, int]:
 def print0(*args, **kwargs) -> None:
     """print on rank 0 only, flushed, so that a log file is readable while the program runs."""
     if get_rank()[0] == 0:
-        print(*args, **kwargs, flush=True)
+        with terminal_may_close():
+            print(*args, **kwargs, flush=True)
+
+
+@contextlib.contextmanager
+def terminal_may_close():
+    """For what prints: where the terminal was closed or a log has no room left, the text is lost and the program goes on."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno == errno.EIO:
+            drop_terminal()
+        elif not is_full(e):
+            raise
+
+
+def drop_terminal() -> None:
+    """Standard output and errors go nowhere from now on, except into a file: writing to a closed terminal is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for fd in (1, 2):
+        with contextlib.suppress(OSError):
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.dup2(nowhere, fd)
+    os.close(nowhere)
 
 
 class Progress:
@@ -159,9 +183,10 @@ def get_compute_dtype(device_type: str) -> torch.dtype:
 def atomic_write(path: str | os.PathLike, mode: str = "wb"):
     """
     Opens a temporary file beside `path`; on success it is fsynced and renamed onto `path`, on any error removed, so
-    `path` always holds a whole file: the old one or the new one. A full disk raises OSError that says so.
+    `path` always holds a whole file: the old one or the new one. A link stays one: the file is written where it points. A
+    full disk raises OSError that says so.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -175,10 +200,20 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb"):
     except BaseException as e:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(tmp)
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(e.errno, f"no room left to write {path}; what was there before is untouched: "
-                                   "free some disk space and run the same command again") from e
+        raise_if_full(e, path)
         raise
+
+
+def is_full(e: BaseException) -> bool:
+    """Whether an error says that a disk, a quota or a limit on file size has no room left."""
+    return isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def raise_if_full(e: BaseException, path: Path) -> None:
+    """OSError with the remedy, if that was the cause of an error in writing `path`, which is untouched."""
+    if is_full(e):
+        raise OSError(e.errno, f"no room left to write {path}; what was there before is untouched: free some disk space and "
+                               "run the same command again") from e
 
 
 def fsync_dir(path: str | os.PathLike) -> None:

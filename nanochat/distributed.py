@@ -10,7 +10,9 @@ stays fp32 in compute too (SSM parameters, controls: under 0.1 % of the model) i
 the shards of one node are copies of the next one's (HSDP). Gradients are summed, not averaged: every loss is scaled by its
 share of the global batch, so that any number of ranks makes the same step (in as many passes; see elastic_step.py).
 """
+import atexit
 import functools
+import gc
 import os
 from datetime import timedelta
 from typing import NamedTuple
@@ -21,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import get_rank
@@ -30,6 +33,7 @@ from nanochat.hybrid_gpt import stays_fp32
 # (103 GB at the end of stage 3: an hour at 30 MB/s), and NCCL's default of 10 minutes would end the job meanwhile.
 # Dead ranks need no timeout: torchrun ends a job when one of its processes dies.
 TIMEOUT = timedelta(hours=6)
+_meshes: list[DeviceMesh] = []  # that this process has made
 
 
 class Gpu(NamedTuple):
@@ -46,6 +50,7 @@ def init_processes(device_type: str) -> torch.device:
         device_type = f"cuda:{torch.cuda.current_device()}"
     rank, world = get_rank()
     if world > 1 and not dist.is_initialized():
+        atexit.register(_free_groups)
         backend = "cpu:gloo,cuda:nccl" if device_type.startswith("cuda") else "gloo"
         attempt, one_node = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("LOCAL_WORLD_SIZE") == str(world)
         if attempt is None or not one_node:
@@ -93,8 +98,11 @@ def make_mesh(device_type: str, nodes: int | None = None) -> DeviceMesh | None:
     if nodes is None:
         nodes = world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if nodes > 1:
-        return init_device_mesh(device_type, (nodes, world // nodes), mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+        mesh = init_device_mesh(device_type, (nodes, world // nodes), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+    _meshes.append(mesh)
+    return mesh
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,3 +282,14 @@ def leave() -> None:
     if dist.is_initialized():
         everyone(None)
         dist.destroy_process_group()
+
+
+def _free_groups() -> None:
+    """
+    Frees the groups of ranks before the interpreter ends: threads of gloo's that outlive it make a process crash after its
+    work is done. A mesh holds its group, and caches of DTensor's hold the mesh, whatever becomes of the model.
+    """
+    for mesh in _meshes:
+        getattr(mesh, "_pg_registry", {}).clear()  # torch's own, of the pinned version
+    _clear_sharding_prop_cache()
+    gc.collect()

@@ -14,9 +14,9 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat.common import atomic_write, print0
+from nanochat.common import atomic_write, print0, raise_if_full
 from nanochat.data.splits import choose, left_out_line, side_of
-from nanochat.shards import OTHER_SOURCES, first_line, fsync, locked, open_shard, progress, raise_if_full
+from nanochat.shards import OTHER_SOURCES, first_line, fsync, locked, open_shard, progress
 
 DEFAULT_SHARDS = 4  # training shards fetched from a hub (climbmix: some 90 MB each); the validation shard comes on top
 DEFAULT_WORKERS = 4

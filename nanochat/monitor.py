@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows has none
     resource = None
 
-from nanochat.common import atomic_write, get_rank, print0
+from nanochat.common import atomic_write, get_rank, print0, terminal_may_close
 
 # Dense bf16 peak FLOP/s by a part of the device's name, from the vendor's data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12,
@@ -48,9 +48,10 @@ class Monitor:
         if wandb_run:
             self.wandb = _start_wandb(wandb_run, settings)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = open(self.folder / "metrics.jsonl", "a+b")
-        if self.log.tell() and (self.log.seek(-1, os.SEEK_END), self.log.read(1))[1] != b"\n":
-            self.log.write(b"\n")  # an interrupted run left half a line
+        self.log = open(self.folder / "metrics.jsonl", "a+b", buffering=0)
+        # an interrupted run may have left half a line
+        self.half = bool(self.log.tell()) and (self.log.seek(-1, os.SEEK_END), self.log.read(1))[1] != b"\n"
+        self.failed = set()  # files that could not be written, each said once
         if sys.stderr.isatty():
             from tqdm import tqdm
             self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, leave=False)
@@ -58,23 +59,37 @@ class Monitor:
     def record(self, entry: dict) -> None:
         """One line of metrics.jsonl."""
         if self.log is not None:
-            self.log.write(json.dumps(entry).encode() + b"\n")
-            self.log.flush()
+            line = b"\n" * self.half + json.dumps(entry).encode() + b"\n"
+            with self._optional("metrics.jsonl"):
+                self.half = True
+                self.half = self.log.write(line) < len(line)
         if self.wandb:
             self.wandb.log(entry, step=entry["step"])  # its own count would be that of the calls
 
     def say(self, text: str) -> None:
         if self.bar is not None:
-            self.bar.write(text)
+            with terminal_may_close():
+                self.bar.write(text)
         else:
             print0(text)
+
+    @contextlib.contextmanager
+    def _optional(self, name: str):
+        """For a file without which a run goes on: that it cannot be written (a full disk) is said once."""
+        try:
+            yield
+        except OSError as e:
+            if name not in self.failed:
+                self.failed.add(name)
+                self.say(f"warning: {self.folder / name} cannot be written ({os.strerror(e.errno)}): the run goes on")
 
     def step(self, step: int, seconds: float, values: dict[str, float], lr: float, norm: float, flops: float,
              show: bool) -> None:
         """A step was made. values: its losses; flops: of all ranks."""
         self.times.append(seconds)
         if self.bar is not None:
-            self.bar.update()
+            with terminal_may_close():
+                self.bar.update()
         if not show:
             return
         recent = statistics.median(self.times[-20:])
@@ -100,11 +115,13 @@ class Monitor:
     def draw(self) -> None:
         """Writes curves.png from metrics.jsonl."""
         if self.log is not None:
-            draw_curves(self.folder)
+            with self._optional("curves.png"):
+                draw_curves(self.folder)
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with terminal_may_close():
+                self.bar.close()
         if self.log is not None:
             self.log.close()
         if self.wandb:

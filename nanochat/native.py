@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as e:
         output = getattr(e, "stderr", None) or str(e)
         reason = next((line for line in output.splitlines() if "error" in line), " ".join(output.split()))
-        print0(f"CPU decoding runs its PyTorch form, which is slower: {reason}")
+        print0(f"CPU decoding runs its PyTorch form, which is slower: {reason}", file=sys.stderr)
         return None
 
 
@@ -50,7 +51,7 @@ def _load(compiler: str) -> ctypes.CDLL:
             return ctypes.CDLL(str(path))
         path.unlink(missing_ok=True)
     print0("compiling the operators of CPU decoding" + (", which are kept for the next time" if folder else "")
-           + " (about 10 s)")
+           + " (about 10 s)", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         parts = [str(Path(tmp) / name) for name in ("decode.o", "decode.so")]
         runtime = _openmp_runtime()

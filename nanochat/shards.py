@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from nanochat.common import WINDOWS, Progress, fsync_dir, get_rank
+from nanochat.common import WINDOWS, Progress, fsync_dir, get_rank, raise_if_full
 from nanochat.conversations import plain_text
 from nanochat.data.files import arrow_place
 from nanochat.data.splits import choose
@@ -285,12 +285,6 @@ def fsync(path: Path) -> None:
         return
     with open(path, "rb") as f:
         os.fsync(f.fileno())
-
-
-def raise_if_full(e: BaseException, folder: Path) -> None:
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise OSError(e.errno, f"no room left to write {folder}: free some disk space and run the same command "
-                               "again") from e
 
 
 class _Lines(Progress):

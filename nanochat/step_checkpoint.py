@@ -196,6 +196,11 @@ def read_meta(path: Path) -> dict:
     return meta
 
 
+def _save_meta(meta: dict, path: Path) -> None:
+    meta = json.loads(json.dumps(meta))
+    save_json({**meta, "crc32": _crc(meta)}, path / "meta.json")
+
+
 def _crc(obj) -> int:
     return zlib.crc32(json.dumps(obj, sort_keys=True).encode())
 
@@ -306,6 +311,18 @@ class Saver:
             error, self.error = self.error, None
             raise error
 
+    def amend(self, step: int, more: dict) -> None:
+        """Adds to the meta.json of a checkpoint that is written, in place, what became known after it. All ranks call."""
+        fault = None
+        if get_rank()[0] == 0:
+            try:
+                path = path_of(self.folder, step)
+                _save_meta({**read_meta(path), **more}, path)
+            except (OSError, ValueError) as e:
+                fault = str(e)
+        if fault := everyone(fault)[0]:
+            print0(f"warning: {fault}: a run that is resumed from step {step} evaluates it again")
+
     def _run(self, step, state, meta, own):
         try:
             self._write(step, state, meta, own)
@@ -338,9 +355,7 @@ class Saver:
         sums = self._agree(fault, new, final, sums)
         try:
             if rank == 0:
-                meta = {**meta, "world": world, "files": {k: list(v) for part in sums for k, v in part.items()}}
-                meta = json.loads(json.dumps(meta))
-                save_json({**meta, "crc32": _crc(meta)}, new / "meta.json")
+                _save_meta({**meta, "world": world, "files": {k: list(v) for part in sums for k, v in part.items()}}, new)
                 fsync_dir(new)
                 if final.exists():
                     _delete(final)
@@ -363,8 +378,9 @@ class Saver:
         number, text = faults[0]
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text or "File too large" in text:
             raise OSError(errno.ENOSPC, f"no room left to write {final}; the checkpoints before it are untouched: free some "
-                                        "disk space and run the same command again")
-        raise OSError(number or errno.EIO, f"{final} could not be written ({text}); the checkpoints before it are untouched")
+                                        "disk space")
+        raise OSError(number or errno.EIO, f"{final} could not be written ({text}); the checkpoints before it are "
+                                           "untouched: see to its disk")
 
 
 def _cause(e) -> Exception:

@@ -6,6 +6,7 @@ turns one into another, `streamed` runs a model on one, and `save_lazy` writes o
 resident at any time is about one block, whatever the model's size.
 """
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -149,7 +150,11 @@ def save_lazy(tree, path: Path, report: Callable[[int], None] = lambda n: None) 
     """
     # The writer of holes is a prototype in torch and pinned with it; tests compare its files with torch.save's.
     with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
-        torch.save(_map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype), tree), path)
+        holes = _map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype), tree)
+        try:
+            torch.save(holes, path)
+        except RuntimeError as e:  # torch's own writer of files, which hides the system's error
+            raise OSError(errno.ENOSPC, f"no room left to write {path}") from e
     places = load_torch(path, without_data=True)
     with open(path, "r+b", buffering=0) as f:
         def put(leaf, place):

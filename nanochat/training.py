@@ -31,8 +31,10 @@ from nanochat.distributed import (
 )
 from nanochat.monitor import Monitor, peak_flops, timer
 from nanochat.optim import MATRIX_LR, OPTIMIZERS
+from nanochat.owner import own
 from nanochat.shards import EMBEDDED
 from nanochat.step_parts import GPU_TOKENS, set_rates, shares
+from nanochat.stop import SIGNALS, Stop
 
 # Flags that say how a run is watched and kept, not what it computes: they may differ when it is resumed.
 WATCHING = {"run", "eval_every", "save_every", "keep_checkpoints", "fresh", "log_every", "device_type", "compile",
@@ -106,16 +108,18 @@ def add_training_args(p: argparse.ArgumentParser, data: str | None = EMBEDDED) -
 
 def derive_batch(args, sequence_len: int, folder: Path, fit) -> tuple[torch.device, torch.dtype, int]:
     """
-    Checks the numeric flags, joins the other processes if torchrun started several, fills in what `args` leave open (the
-    batch, gradient checkpointing, compilation, the optimizer and its rate; the batch and the optimizer as the run in
-    `folder` has them, where one is to be resumed), prints each derivation, and returns (device, compute dtype, gradient
-    accumulation passes per step). fit(total batch, given, gpu) finds what GPUs can hold: see derive_for_gpus.
+    Checks the numeric flags, joins the other processes if torchrun started several, makes this run the one that writes into
+    `folder`, fills in what `args` leave open (the batch, gradient checkpointing, compilation, the optimizer and its rate;
+    the batch and the optimizer as the run in `folder` has them, where one is to be resumed), prints each derivation, and
+    returns (device, compute dtype, gradient accumulation passes per step). fit(total batch, given, gpu) finds what GPUs can
+    hold: see derive_for_gpus. BlockingIOError where another process writes into `folder`.
     """
     _check_numbers(args)
     kind = find_device_type(args.device_type)
     asked = args.total_batch_size > 0
-    resumed = not args.fresh and step_checkpoint.settle(args, folder)
     device, dtype, world = init_processes(kind), get_compute_dtype(kind), get_rank()[1]
+    own(folder)
+    resumed = not args.fresh and step_checkpoint.settle(args, folder)
     if kind == "cuda":
         derive_for_gpus(args, smallest_gpu(), fit)
     else:
@@ -266,36 +270,13 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-class Stop:
-    """
-    Notes SIGINT and SIGTERM (Ctrl-C, or a scheduler that wants the machine back), so that the step under way ends and is
-    saved. A second one ends the program at once.
-    """
-    def __enter__(self):
-        self.signal = None
-        try:
-            self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # no signals outside the main thread
-            self.before = {}
-        return self
-
-    def _note(self, number, frame):
-        if self.signal is not None:
-            sys.exit(128 + number)
-        self.signal = number
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 class Run:
     """
     A training run in one folder. `settings` (all flags that change what is computed, and the source) are stored with
     every checkpoint; a resume with others is refused.
     """
     def __init__(self, folder: Path, args, extra_settings: dict):
-        self.folder, self.args = Path(folder), args
+        self.folder, self.args = own(folder), args
         settings = {k: v for k, v in vars(args).items() if k not in WATCHING | SPLIT} | extra_settings
         self.settings = json.loads(json.dumps(settings))
         self.start, self.meta, self.loader = 0, None, None  # loader: the data position of every rank
@@ -324,13 +305,20 @@ class Run:
                                  "--fresh to start over, or another --tag")
 
     @property
+    def evaluated(self) -> bool:
+        """Whether the checkpoint to resume from knows what an evaluation at its step said."""
+        return self.meta is not None and self.meta.get("evaluated", self.start) == self.start
+
+    @property
     def finished(self) -> bool:
-        """Whether the checkpoint to resume from is the run's last."""
-        return self.meta is not None and self.start >= self.args.num_iterations
+        """Whether the checkpoint to resume from is the run's last, and nothing is left to do after it."""
+        return self.evaluated and self.start >= self.args.num_iterations
 
     def restore(self, model, optimizers: list) -> None:
         """Loads the checkpoint to resume from: weights, optimizers, this rank's random state."""
         step_checkpoint.load(self.path, model, optimizers)
+        if self.start:  # as they were when it was saved: a run without a step left writes them with its export
+            set_rates(optimizers, self.start - 1, self.args.num_iterations, self.args.warmup_ratio, self.args.warmdown_ratio)
         rank, world = get_rank()
         if world == self.meta["world"]:
             torch.set_rng_state(torch.tensor(list(bytes.fromhex(step_checkpoint.read_rank(self.path, rank)["rng"])),
@@ -371,43 +359,21 @@ class Run:
         """
         args, total = self.args, self.args.num_iterations
         loader = self._open_data(tokenizer, data, sequence_len, model.device, data_from)
-        figures = dict(self.meta["figures"]) if self.meta else {}
-        monitor = Monitor(self.folder, self.start, total, model.device, args.total_batch_size, args.run, self.settings)
-        saver = step_checkpoint.Saver(self.folder, args.keep_checkpoints)
-        in_a_row = saved = 0
+        self.figures = dict(self.meta["figures"]) if self.meta else {}
+        self.monitor = Monitor(self.folder, self.start, total, model.device, args.total_batch_size, args.run, self.settings)
+        self.saver = step_checkpoint.Saver(self.folder, args.keep_checkpoints)
+        self.saved = self.written = self.start  # the steps of the newest checkpoint that was begun, and that is whole
+        in_a_row = stopping = 0
         with Stop() as stop:
-            stopping = False
             for step in range(self.start, total + 1):
-                last = step == total
-                due = args.eval_every > 0 and step % args.eval_every == 0 and step > self.start
-                if (last or not stopping) and (step == 0 or due or last):
-                    t0 = time.perf_counter()
-                    result = evaluate()
-                    figures.setdefault("first_bpb", result["bpb"])
-                    figures["bpb"] = result["bpb"]
-                    monitor.say(f"step {step:5d}/{total} | validation {result['bpb']:.4f} bits/byte "
-                                f"({time.perf_counter() - t0:.1f} s)")
-                    monitor.record({"step": step, **{f"val_{k}": v for k, v in result.items()}})
-                if monitor.tok_per_s:
-                    figures["tok_per_s"] = monitor.tok_per_s
-                if step > self.start and (last or stopping or (args.save_every > 0 and step % args.save_every == 0)):
-                    finite = torch.tensor(float(all(bool(local(p).isfinite().all()) for p in model.parameters())))
-                    if float(all_sum(finite.to(model.device))) < get_rank()[1]:
-                        saver.wait()
-                        raise ValueError(f"a weight is not finite at step {step}, nothing was saved: lower the learning "
-                                         f"rates; the checkpoints in {self.folder} are from before")
-                    saver.save(step, model, optimizers, {
-                        "settings": self.settings, "figures": figures, "kind": ckpt.model_kind(model.config),
-                        "model_config": asdict(model.config)}, {"loader": loader.state(), "rng": _rng()})
-                    saved = step
-                    monitor.draw()
-                if stopping and not last:
-                    saver.wait()
-                    monitor.close()
-                    where = f"step {saved} is saved" if saved else "nothing was done yet"
-                    print0(f"stopped by {signal.Signals(stopping).name}: {where}; the same command goes on from there")
-                    sys.exit(128 + stopping)
-                if last:
+                if step > self.start and (stopping or is_due(step, args.save_every, total)):
+                    self._save(step, model, optimizers, loader)
+                if stopping:
+                    self._leave(step, stopping)
+                # after the save: an evaluation that fails costs no step
+                if (step == 0 or is_due(step, args.eval_every, total)) and not (step == self.start and self.evaluated):
+                    self._evaluate(step, evaluate)
+                if step == total:
                     break
                 t0 = timer(model.device)
                 batches = [next(loader) for _ in range(passes)]
@@ -426,22 +392,81 @@ class Run:
                     in_a_row = 0
                 else:
                     in_a_row += 1
-                    figures["skipped"] = figures.get("skipped", 0) + 1
-                    monitor.say(f"step {step} is skipped: loss {losses['loss']}, gradient norm {norm} ({in_a_row} in a row, "
-                                f"{figures['skipped']} in all)")
-                    monitor.record({"step": step, "skipped": figures["skipped"], "loss": str(losses["loss"]),
-                                    "grad_norm": str(norm)})
-                    if in_a_row >= args.max_skipped_steps:
-                        saver.wait()
-                        raise ValueError(self._diagnosis(model, step, losses["loss"], norm))
+                    self._skip(step, model, losses["loss"], norm, in_a_row)
                 model.zero_grad(set_to_none=True)
                 if in_a_row == 0:
-                    monitor.step(step, timer(model.device) - t0, losses, scale, norm, flops,
-                                 step % args.log_every == 0 or step == total - 1)
-            saver.wait()
-        monitor.close()
-        self.loader = everyone(loader.state())
-        return figures | {"steps": total}
+                    self.monitor.step(step, timer(model.device) - t0, losses, scale, norm, flops,
+                                      step % args.log_every == 0 or step == total - 1)
+            self._settle()
+        self.monitor.close()
+        if self.start < total:
+            self.loader = everyone(loader.state())
+        return self.figures | {"steps": total}
+
+    def _evaluate(self, step: int, evaluate) -> None:
+        """Evaluates, and has the checkpoint of the step, if there is one, know the result."""
+        self._settle(self._next_save(step))  # it is on the disk, whatever becomes of the evaluation
+        t0 = time.perf_counter()
+        result = evaluate()
+        self.figures.setdefault("first_bpb", result["bpb"])
+        self.figures["bpb"] = result["bpb"]
+        self.monitor.say(f"step {step:5d}/{self.args.num_iterations} | validation {result['bpb']:.4f} bits/byte "
+                         f"({time.perf_counter() - t0:.1f} s)")
+        self.monitor.record({"step": step, **{f"val_{k}": v for k, v in result.items()}})
+        if step and self.written == step:
+            self.saver.amend(step, {"figures": self.figures, "evaluated": step})
+
+    def _save(self, step: int, model, optimizers: list, loader: DataLoader) -> None:
+        """Begins to write a checkpoint. ValueError for a model that is not finite."""
+        self._settle(step)
+        finite = torch.tensor(float(all(bool(local(p).isfinite().all()) for p in model.parameters())))
+        if float(all_sum(finite.to(model.device))) < get_rank()[1]:
+            raise ValueError(f"a weight is not finite at step {step}, nothing was saved: lower the learning "
+                             f"rates; the checkpoints in {self.folder} are from before")
+        if self.monitor.tok_per_s:
+            self.figures["tok_per_s"] = self.monitor.tok_per_s
+        meta = {"settings": self.settings, "figures": dict(self.figures), "evaluated": None,
+                "kind": ckpt.model_kind(model.config), "model_config": asdict(model.config)}
+        self.saver.save(step, model, optimizers, meta, {"loader": loader.state(), "rng": _rng()})
+        self.saved = step
+        self.monitor.draw()
+
+    def _next_save(self, step: int) -> int | None:
+        """The first step after this one whose checkpoint is due, None after the last."""
+        every, total = self.args.save_every, self.args.num_iterations
+        return None if step == total else min(total, (step // every + 1) * every) if every > 0 else total
+
+    def _settle(self, following: int | None = None) -> None:
+        """
+        Waits until the checkpoint under way is written. One that could not be (a full disk) ends no run that goes on: it is
+        said, and the next one is tried, at step `following`. OSError where there is none.
+        """
+        try:
+            self.saver.wait()
+            self.written = self.saved
+        except OSError as e:
+            self.saved = self.written
+            if following is None:
+                raise OSError(e.errno, f"{e.strerror}; then run the same command again, which goes on from "
+                                       f"step {self.written}") from e
+            self.monitor.say(f"warning: {e.strerror}; the run goes on, and saves again at step {following}")
+
+    def _leave(self, step: int, number: int) -> None:
+        """Ends the program after a signal: SystemExit, 128 + its number."""
+        self._settle()
+        self.monitor.close()
+        print0(f"stopped by {signal.Signals(number).name}: step {step} is saved; the same command goes on from there")
+        sys.exit(128 + number)
+
+    def _skip(self, step: int, model, loss: float, norm: float, in_a_row: int) -> None:
+        """Counts a step whose loss or gradient is not finite. ValueError where there were too many in a row."""
+        self.figures["skipped"] = self.figures.get("skipped", 0) + 1
+        self.monitor.say(f"step {step} is skipped: loss {loss}, gradient norm {norm} ({in_a_row} in a row, "
+                         f"{self.figures['skipped']} in all)")
+        self.monitor.record({"step": step, "skipped": self.figures["skipped"], "loss": str(loss), "grad_norm": str(norm)})
+        if in_a_row >= self.args.max_skipped_steps:
+            self._settle(self._next_save(step))
+            raise ValueError(self._diagnosis(model, step, loss, norm))
 
     @torch.no_grad()
     def _diagnosis(self, model, step, loss, norm) -> str:
@@ -457,16 +482,20 @@ def _over_ranks(losses: dict, stop: int | None, device) -> tuple[dict[str, float
     """A step's losses over all ranks, and the signal that any of them got (0: none), in one exchange."""
     keys = sorted(losses)
     values = torch.stack([torch.as_tensor(losses[k], dtype=torch.float64, device=device) for k in keys])
-    signals = torch.zeros(2, dtype=torch.float64, device=device)
-    if stop:
-        signals[0 if stop == signal.SIGINT else 1] = 1
-    *values, interrupt, terminate = all_sum(torch.cat((values, signals))).tolist()
+    signals = torch.tensor([float(s == stop) for s in SIGNALS], dtype=torch.float64, device=device)
+    values = all_sum(torch.cat((values, signals))).tolist()
+    got = [s for s, count in zip(SIGNALS, values[len(keys):]) if count]
     out = dict(zip(keys, values))
     for key in [k for k in keys if ":" in k]:
         weight = out.pop(key)
         name = key.partition(":")[0]
         out[name] = out[name] / weight if weight else 0.0
-    return out, int(signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0)
+    return out, int(got[0]) if got else 0
+
+
+def is_due(step: int, every: int, total: int) -> bool:
+    """Whether what is done every so many steps (-1: never) is done at this one; at the last one it always is."""
+    return step == total or (every > 0 and step % every == 0)
 
 
 def _rng() -> str:

@@ -22,12 +22,14 @@ from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.mixture import prepare_mixture
 from nanochat.optim import setup_optimizers
+from nanochat.owner import gives_back
 from nanochat.step_estimate import Workload, fit, measured_speed
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Run, add_training_args, derive_batch, derive_length, memory_advice
 
 
 @cli
+@gives_back
 def main(argv=None):
     p = argparse.ArgumentParser(description="Train a base GPT from one dial, --depth.")
     p.add_argument("--depth", type=int, default=4, help="layers; the width is depth x aspect ratio (default: 4)")

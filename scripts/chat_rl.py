@@ -23,6 +23,7 @@ from nanochat.common import cli, find_device_type, get_base_dir, get_compute_dty
 from nanochat.confidence_probe import pad
 from nanochat.engine import Compute, Engine
 from nanochat.optim import setup_optimizers
+from nanochat.owner import gives_back, own
 from nanochat.stages import set_trained
 from nanochat.tasks import make
 from nanochat.tasks.evaluate import Judge, Sampling
@@ -156,6 +157,7 @@ def train_steps(engine: Engine, optimizers: list, train, test, args) -> dict:
 
 
 @cli
+@gives_back
 def main(argv=None) -> dict:
     args = parse_args(argv)
     if get_rank()[1] > 1:
@@ -168,6 +170,7 @@ def main(argv=None) -> dict:
     folder = get_base_dir() / "chatrl_checkpoints" / name
     if folder.resolve() == file.parent.resolve() or ckpt.list_steps(folder):
         raise ValueError(f"{folder} is the source, or a checkpoint of nanochat's, which is never overwritten: give a --tag")
+    own(folder)
     model.compute_dtype = get_compute_dtype(device)
     check_chats(model, tokenizer)
     train, test = (make("GSM8K", split, args.data, args.download) for split in ("train", "test"))

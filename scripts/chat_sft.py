@@ -16,9 +16,10 @@ from pathlib import Path
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, find_device_type, get_base_dir, get_rank, print0
-from nanochat.distributed import first_alone
+from nanochat.distributed import everyone, first_alone
 from nanochat.engine import Compute, Engine
 from nanochat.mixture import DEFAULT_CHATS, MULTIPLE_CHOICE, TOOL_USE
+from nanochat.owner import gives_back, own
 from nanochat.tasks import BENCHMARKS, make
 from nanochat.tasks.evaluate import Judge, Sampling, chat_core, choose_in_passes
 from scripts import fractal_train
@@ -47,9 +48,21 @@ class Watch:
             print0("  ChatCORE " + ", ".join(f"{mode} {core:.4f}" for mode, core in cores.items()))
         mean = sum(bpb.values()) / len(bpb)
         if self.best is None or mean < self.best:
-            self.best = mean
-            ckpt.save_export(self.folder, model, tokenizer, self.info | {"best_bpb": mean})
+            self.keep(model, tokenizer, mean)
         return {f"ChatCORE_{mode}": core for mode, core in cores.items()}
+
+    def keep(self, model, tokenizer, mean: float) -> None:
+        """Writes the best model so far. That it cannot be written (a full disk) is said and ends no training."""
+        fault = None
+        try:
+            ckpt.save_export(self.folder, model, tokenizer, self.info | {"best_bpb": mean})
+        except OSError as e:
+            fault = e.strerror or str(e)
+        faults = [f for f in everyone(fault) if f]
+        if faults:
+            print0(f"warning: {faults[0]}; training goes on, and {self.folder} keeps the best model before")
+        else:
+            self.best = mean
 
     def core(self, model, tokenizer, mode: str) -> float:
         scores = {}
@@ -103,6 +116,7 @@ def judged_tasks(args, generative: bool) -> list:
 
 
 @cli
+@gives_back
 def main(argv=None) -> dict:
     args, rest = parse_args(argv)
     path = ckpt.chosen_model(args)
@@ -126,6 +140,7 @@ def main(argv=None) -> dict:
     tasks = first_alone(lambda: judged_tasks(args, generative))
     print0("ChatCORE while training: " + (", ".join(t.name for t in tasks) or "none"))
     best = folder.with_name(f"{name}_best")
+    own(folder), own(best)  # the first rank alone as yet; where it is refused, torchrun ends the others
     if training.fresh and get_rank()[0] == 0:
         ckpt.remove_leftovers(best, everything=True)
     watch = Watch(best, tasks, (args.chatcore_max_cat, args.chatcore_max_sample), training.device_batch_size, {

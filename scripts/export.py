@@ -21,6 +21,7 @@ from nanochat.huggingface.export import Exported, as_exported, sub_model, write_
 from nanochat.huggingface.publish import check_names, publish
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.monitor import peak_rss_mb
+from nanochat.owner import LOCK, gives_back, own
 from nanochat.streaming import open_state, streamed
 from nanochat.surgery import MAX_DELTA, probe
 from scripts.surgery import check_room
@@ -78,7 +79,7 @@ def written_before(dst: Path, record: dict) -> bool:
     """
     Whether dst holds this very export already, so that only the upload is to be done. ValueError where it holds other files.
     """
-    if not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
+    if not dst.exists() or (dst.is_dir() and not {p.name for p in dst.iterdir()} - {LOCK}):
         return False
     try:
         found = json.loads((dst / "config.json").read_text()).get("adamba", {}).get("export")
@@ -101,10 +102,11 @@ def write(dst: Path, exported: Exported, dtype: torch.dtype, tokenizer, card: st
 
 
 @cli
+@gives_back
 def main(argv=None):
     args = parse_args(argv)
     config, info, file = ckpt.find(ckpt.chosen_model(args))
-    tokenizer, dst = ckpt.load_tokenizer(file.parent, config, info), Path(args.dst).expanduser()
+    tokenizer, dst = ckpt.load_tokenizer(file.parent, config, info), own(Path(args.dst).expanduser())
     quality, state = read_quality(args.quality), open_state(file, config)
     dtype = DTYPES[args.dtype] or state.dtype
     record = {"source_sha256": ckpt.sha256(file), "mode": args.mode, "dtype": str(dtype).removeprefix("torch.")}

@@ -13,10 +13,12 @@ import torch
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import cli, print0
+from nanochat.owner import LOCK, gives_back, own
 from nanochat.surgery import MAX_DELTA, extract, probe
 
 
 @cli
+@gives_back
 def main(argv=None):
     p = argparse.ArgumentParser(description="Write the sub-model of one level as a checkpoint of its own.")
     p.add_argument("--checkpoint", required=True, help="the hybrid: a folder (export or training), or the model.pt in it")
@@ -30,8 +32,8 @@ def main(argv=None):
         raise ValueError("--seed has no effect without --fresh: add it, or drop --seed")
 
     model, tokenizer, info, _ = ckpt.load(args.checkpoint)
-    dst = Path(args.dst).expanduser()
-    if dst.exists() and any(dst.iterdir()):
+    dst = own(Path(args.dst).expanduser())
+    if dst.exists() and any(path.name != LOCK for path in dst.iterdir()):
         raise ValueError(f"{dst} is not empty: name a new folder")
     small = extract(model, args.mode)
     before, after = (m.num_params()["total"] for m in (model, small))

@@ -35,6 +35,7 @@ from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
 from nanochat.engine import Engine, prepare_inference
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.owner import gives_back, own
 from nanochat.training import flag
 
 PRICE_ROWS = 16  # that prices are fitted to where --budget leaves no setting to tune
@@ -131,6 +132,7 @@ def calibrate_checkpoint(args, model, tokenizer, info, file, data, device) -> di
     if file.name != "model.pt":
         raise ValueError(f"{file} is a training step: calibrate an export, which has a config.json")
     check_trained(model)
+    own(file.parent)
     if args.new_tokens < 1:
         raise ValueError(f"--new-tokens is {args.new_tokens}; it must be at least 1")
     if args.budget is not None:
@@ -181,6 +183,7 @@ def calibrate_checkpoint(args, model, tokenizer, info, file, data, device) -> di
 
 
 @cli
+@gives_back
 def main(argv=None):
     p = argparse.ArgumentParser(description="Bits per byte and compute at each mode.")
     p.add_argument("--checkpoint", required=True, help="a model's folder (export or training), or the model.pt in it")

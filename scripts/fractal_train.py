@@ -40,6 +40,7 @@ from nanochat.loss_eval import EXIT_WEIGHT, Original, evaluate_bpb
 from nanochat.mamba_block import announce_form
 from nanochat.mixture import default_data, prepare_mixture
 from nanochat.optim import setup_optimizers, state_bytes
+from nanochat.owner import gives_back
 from nanochat.step_estimate import Workload, fit, measured_speed
 from nanochat.training import Run, add_training_args, check_rate, derive_batch, derive_length, flag, memory_advice
 
@@ -224,6 +225,7 @@ def say_without_effect(given: set[str], args, phase: str, groups: set[str]) -> N
         print0(f"note: {flag(name)} has no effect in phase {phase}: {idle[name]}")
 
 
+@gives_back
 def train(args, given: set[str], folder: Path | None = None, watch=None, label: str | None = None) -> dict:
     """
     Trains as the flags say, writes the export into `folder` (None: see above), and returns the run's figures. watch: called

@@ -23,7 +23,7 @@ from scripts.gpu_check_parts import Setting, randomized
 def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m scripts.gpu_check_worker", description=__doc__.split("\n\n")[0])
     p.add_argument("folder", type=Path, help="where the checkpoints are")
-    p.add_argument("steps", type=int)
+    p.add_argument("steps", type=int, help="how many steps the whole run has")
     p.add_argument("--dry", action="store_true", help="small, on the CPU")
     args = p.parse_args(argv)
     device = init_processes("cpu" if args.dry else "cuda")

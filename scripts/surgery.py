@@ -31,6 +31,7 @@ from nanochat.growing import INITS, Init, grow_optimizers, grow_state
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.monitor import peak_rss_mb
 from nanochat.ordering import ORDERS, can_order, order_by_data, order_by_weights, order_state
+from nanochat.owner import gives_back, own
 from nanochat.streaming import leaves, open_state, save_lazy, streamed
 from nanochat.surgery import MAX_DELTA, check_sizes, check_vintage, insert_optimizers, insert_state, prove, unchanged
 
@@ -41,6 +42,7 @@ AUTO_BYTES = 32e9  # --dtype auto: a file that would be larger in the source's d
 
 
 @cli
+@gives_back
 def main(argv=None):
     p = argparse.ArgumentParser(description="Insert Mamba-2 blocks into a trained base GPT, or grow a hybrid, the function "
                                             "unchanged and proved so.")
@@ -105,6 +107,7 @@ def main(argv=None):
     if args.dry_run:
         print0("dry run: nothing was written")
         return None
+    own(dst)  # before the proof, which takes long
     check_room(dst, size)
 
     ckpt.check_tokenizer(streamed(config, state, device), tokenizer, info, device)

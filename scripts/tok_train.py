@@ -13,6 +13,7 @@ import tiktoken.load
 from nanochat.common import cli, get_base_dir, print0
 from nanochat.dataset import DEFAULT_HUB, add_skip_arg, prepare
 from nanochat.hub import DEFAULT_SHARDS
+from nanochat.owner import gives_back, own
 from nanochat.shards import EMBEDDED, iter_texts
 from nanochat.tokenizer import Tokenizer, check_vocab_size, cut_spaces, find_file, is_ours
 
@@ -47,12 +48,13 @@ def cached_encoding(name: str) -> tiktoken.Encoding | None:
 
 
 @cli
+@gives_back
 def main(argv=None) -> None:
     args = parse_args(argv)
     check_vocab_size(args.vocab_size)
     if args.max_chars < 1:
         raise ValueError(f"--max-chars {args.max_chars} leaves no text: give at least 1")
-    out = args.out or get_base_dir() / "tokenizer"
+    out = own(args.out or get_base_dir() / "tokenizer")
     there = Path(out, "tokenizer.pkl") if Path(out, "tokenizer.pkl").is_file() else find_file(out)
     if there and not is_ours(there):
         raise ValueError(f"{there} is another program's tokenizer, which is not overwritten: training takes it from there "

@@ -30,6 +30,21 @@ def randomize(model, seed=0):
     return model
 
 
+def learn(model, rows, steps=60, lr=0.02):
+    """Trains a tiny model on rows [(ids, mask)], all in each step; mask 0: read and not learnt."""
+    length = max(len(ids) for ids, _ in rows)
+    x = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in rows])
+    y = torch.tensor([[t if m else -1 for t, m in zip(ids[1:], mask[1:])] + [-1] * (length - len(ids))
+                      for ids, mask in rows])
+    optimizer = torch.optim.AdamW(language_parameters(model).values(), lr=lr, weight_decay=0.0)
+    for _ in range(steps):
+        loss, _ = model(x[:, :-1], y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model
+
+
 def language_parameters(model):
     """Name -> parameter of all that the language loss trains: everything but the controls."""
     return {n: p for n, p in model.named_parameters() if not n.startswith(("gate.", "predictor."))}

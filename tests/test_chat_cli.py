@@ -3,8 +3,7 @@ import os
 import random
 
 import pytest
-import torch
-from conftest import randomize
+from conftest import learn, randomize
 from test_tool_use import PROMPTS, RESULT, calls_of, recomputed
 
 from nanochat import checkpoint_manager as ckpt
@@ -178,14 +177,10 @@ def test_bad_flags_are_named(home, capsys, argv, words):
 
 
 def test_a_base_model_does_not_chat(home, model, tokenizer, capsys):
-    end = tokenizer.encode_special("<|assistant_end|>")
-    deaf = build_model(model.config)
-    deaf.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        x = deaf.hidden(torch.tensor([tokenizer.render_conversation(
-            {"messages": [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}]})[0][:-1]]))
-        deaf.lm_head.weight[end] = -x[0, -1] / x[0, -1].norm()  # what training on text alone does to it
-    save_export(home / "base", deaf, tokenizer, {"tag": "d2", "provenance": {}})
+    base = build_model(model.config)
+    base.load_state_dict(model.state_dict())
+    learn(base, [(tokenizer.encode("the quick brown fox jumps over the lazy dog", prepend="<|bos|>"), [1] * 99)])
+    save_export(home / "base", base, tokenizer, {"tag": "d2", "provenance": {}})
     with pytest.raises(SystemExit):
         chat_cli.main(["--checkpoint", str(home / "base"), "--chat", "-p", "x", "--device-type", "cpu"])
     assert "base model" in capsys.readouterr().err

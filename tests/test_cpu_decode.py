@@ -237,7 +237,7 @@ def test_a_library_is_built_once_and_again_when_damaged_or_stale(build, tmp_path
 def test_without_a_compiler_one_line_says_so(build, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build() is None
-    assert capsys.readouterr().out == ("CPU decoding runs its PyTorch form, which is slower: there is no C++ compiler "
+    assert capsys.readouterr().err == ("CPU decoding runs its PyTorch form, which is slower: there is no C++ compiler "
                                        "no-such-compiler (CXX names another)\n")
 
 
@@ -245,7 +245,7 @@ def test_without_a_compiler_one_line_says_so(build, monkeypatch, capsys):
 def test_a_failing_compiler_is_quoted(build, capsys):
     native.SOURCE.write_text("int answer() { return forty_two; }")
     assert build() is None
-    first, last = capsys.readouterr().out.splitlines()
+    first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("compiling") and "forty_two" in last and last.startswith("CPU decoding runs its PyTorch form")
 
 

@@ -1,5 +1,4 @@
 """Training over several processes, really sharded (gloo, CPU, fp32): the same steps, and nothing lost when one dies."""
-import json
 import os
 import pickle
 import shutil
@@ -18,12 +17,13 @@ from conftest import randomize
 from test_scripts import fails
 
 from nanochat import checkpoint_manager as ckpt
-from nanochat import distributed, elastic_step, loss_eval, optim, stages, step_checkpoint
+from nanochat import distributed, elastic_step, loss_eval, optim, stages, step_checkpoint, stop
 from nanochat.confidence_probe import budget_grid
 from nanochat.elastic_step import TAUGHT, ElasticStep
 from nanochat.growing import Init, grow
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.mixture import prepare_mixture
+from nanochat.monitor import read_metrics
 from nanochat.step_parts import Share, shares
 from nanochat.tokenizer import Tokenizer
 from scripts import fractal_train, surgery
@@ -294,8 +294,7 @@ def flags(home, cwd, world=1, *more):
 
 
 def losses(folder):
-    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {e["step"]: e["loss"] for e in lines if "loss" in e}
+    return {e["step"]: e["loss"] for e in read_metrics(folder) if "loss" in e}
 
 
 def same_files(a, b, names=("model.pt", "optim.pt")):
@@ -350,7 +349,7 @@ def test_a_killed_and_a_stopped_run_lose_nothing(home, cwd, tmp_path, capsys):
     assert f"the data goes on behind the {2 * 12 * 32:,} tokens" in capsys.readouterr().out
 
 
-def test_ctrl_c_saves_and_a_second_one_ends_at_once(home, cwd, capsys, monkeypatch):
+def test_ctrl_c_saves_and_a_later_one_ends_at_once(home, cwd, capsys, monkeypatch):
     folder, call = cwd / "fractal_checkpoints" / "t_32", ElasticStep.__call__
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)  # a terminal: with a bar
     fractal_train.main(flags(home, cwd))
@@ -372,6 +371,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(home, cwd, capsys, monkeypat
     fractal_train.main(flags(home, cwd))
     same_files(folder, cwd / "whole")
     shutil.rmtree(folder)
+    monkeypatch.setattr(stop, "GRACE", -1)
     monkeypatch.setattr(ElasticStep, "__call__", partialmethod(interrupted, times=2))
     with pytest.raises(SystemExit):
         fractal_train.main(flags(home, cwd))

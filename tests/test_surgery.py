@@ -541,7 +541,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(home, capsys):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == -9, done.stderr
     folder = home / "hybrid_checkpoints"
-    assert not (folder / "d32_80").exists() and (folder / ".d32_80.tmp").exists()
+    assert not (folder / "d32_80").exists() and list(folder.glob(".d32_80.*.new"))
     fails(capsys, ["--expand-from=80", "--new-dim=96"], "no hybrid d32_80")
     surgery.main(["--expand-from=64", "--new-dim=80"])
     assert sorted(p.name for p in folder.iterdir()) == ["d32_64", "d32_80"]

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from conftest import randomize
+from conftest import learn, randomize
 
-from nanochat.chat import check_chats, fit, visible_text
+from nanochat.chat import PROBE, check_chats, fit, visible_text
 from nanochat.checkpoint_manager import build_model, save_export
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
@@ -169,17 +169,23 @@ def test_a_letter_of_several_tokens_is_named():
         letter_ids(bytes_only, {"letters": ["A", "AB"]})
 
 
-def test_base_models_do_not_chat(model, tokenizer):
+def test_base_models_do_not_chat(tokenizer):
+    """Taught text alone a model is refused; taught answers of one kind, unlike the probe's, it is not."""
+    model = randomize(build_model(HybridConfig.from_base(GPTConfig(256, tokenizer.get_vocab_size(), 2, 4, 4, 32))))
     check_chats(model, tokenizer)
+    texts = [f"Ann has {i} apples and eats {i % 3} of them, so she keeps {i - i % 3}." for i in range(20, 28)]
+    learn(model, [(tokenizer.encode(text, prepend="<|bos|>"), [1] * 99) for text in texts])
+    with pytest.raises(ValueError, match="base model"):
+        check_chats(model, tokenizer)
+    learn(model, [tokenizer.render_conversation({"messages": [
+        {"role": "user", "content": text}, {"role": "assistant", "content": [
+            {"type": "text", "text": "First I count them. "}, {"type": "python", "text": "20-2"},
+            {"type": "python_output", "text": "18"}, {"type": "text", "text": "I found 18."}]}]}) for text in texts], 150)
+    check_chats(model, tokenizer)
+    finished = tokenizer.render_conversation(PROBE)[0][:-1]
     end = tokenizer.encode_special("<|assistant_end|>")
-    with torch.no_grad():
-        before = model.lm_head.weight[end].clone()
-        x = model.hidden(torch.tensor([tokenizer.render_conversation(
-            {"messages": [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}]})[0][:-1]]))
-        model.lm_head.weight[end] = -x[0, -1] / x[0, -1].norm()  # what training on text alone does to it
-        with pytest.raises(ValueError, match="base model"):
-            check_chats(model, tokenizer)
-        model.lm_head.weight[end] = before
+    with torch.no_grad():  # and so it must be its own answer that tells
+        assert float(model(torch.tensor([finished]))[0, -1].softmax(-1)[end]) < 0.1 / tokenizer.get_vocab_size()
 
 
 def test_long_conversations_lose_their_oldest_turns(tokenizer):

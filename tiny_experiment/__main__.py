@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from nanochat.common import cli, find_device_type, get_base_dir, print0
+from nanochat.owner import gives_back, own
 from tiny_experiment import report, run
 
 
@@ -29,6 +30,7 @@ def where(device_type: str) -> str:
 
 
 @cli
+@gives_back
 def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m tiny_experiment",
                                 description="Show on small tasks that easy inputs use less compute than hard ones.")
@@ -53,7 +55,7 @@ def main(argv=None):
     settings = replace(settings, device_type=device_type, processes=processes)
     if args.steps is not None:
         settings = replace(settings, steps=args.steps, students_from=settings.students_from * args.steps // settings.steps)
-    folder = Path(args.out).expanduser() if args.out else get_base_dir() / "tiny_experiment"
+    folder = own(Path(args.out).expanduser() if args.out else get_base_dir() / "tiny_experiment")
     print0(f"{args.seeds} seed{'s' if args.seeds > 1 else ''}, {settings.steps} steps of {settings.rows} rows each, "
            f"{settings.processes} process{'es' * (settings.processes > 1)} on {where(device_type)}")
     runs = []

@@ -163,4 +163,5 @@ def download(source: Source, splits: Sequence[str]) -> None:
     except Exception as e:  # the hub's client lets several libraries' exceptions through
         reason = " ".join(str(e).split())[:200]
         raise ConnectionError(f"{source.repo} could not be fetched ({reason}): check the network and run the same command "
-                              "again, or leave --download away for the embedded examples") from e
+                              "again, or take the embedded examples (without --download; to train, --data examples:NAME)"
+                              ) from e
