@@ -27,6 +27,7 @@ from nanochat.common import atomic_write, fsync_dir, get_base_dir, get_rank, pri
 from nanochat.distributed import full_optimizer_state, full_state, local, local_rows
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
+from nanochat.loss_eval import judge_tokenizer
 from nanochat.owner import own
 from nanochat.weight_files import INDEX, Weights, check_specs, first_line, load_torch, open_weights, some
 
@@ -199,22 +200,20 @@ def model_kind(config: GPTConfig) -> str:
 def save_step(folder: Path, step: int, model: GPT, optimizers: list, meta: dict) -> None:
     """
     Writes a checkpoint under nanochat's names. meta gets the step, the model's kind and config. All ranks call, the first
-    one writes. A failure (OSError when the disk is full) leaves the earlier checkpoints as they were.
+    one writes. A failure (OSError when the disk is full) leaves all files as they were: none takes its place before all
+    have been written.
     """
     folder = Path(folder)
-    names = [folder / f"{stem}_{step:06d}.{ext}" for stem, ext in (("model", "pt"), ("optim", "pt"), ("meta", "json"))]
-    state = full_state(model)
-    try:
-        if state is not None:
-            save_torch(state, names[0])
-        save_optimizers(names[1], optimizers)
-        if state is not None:
-            save_json({"step": step, "kind": model_kind(model.config), "model_config": asdict(model.config), **meta},
-                      names[2])
-    except OSError:
-        for name in names:  # a checkpoint without its meta file is no checkpoint: give the room back
-            name.unlink(missing_ok=True)
-        raise
+    state, states = full_state(model), [full_optimizer_state(opt) for opt in optimizers]
+    if get_rank()[0] != 0:
+        return
+    # entered in the reverse order of their taking place: the meta file comes last
+    with atomic_write(folder / f"meta_{step:06d}.json", "w") as h, atomic_write(folder / f"optim_{step:06d}.pt") as g, \
+            atomic_write(folder / f"model_{step:06d}.pt") as f:
+        _dump(state, f)
+        _dump(states, g)
+        json.dump({"step": step, "kind": model_kind(model.config), "model_config": asdict(model.config), **meta}, h,
+                  indent=1)
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -223,17 +222,36 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(s for s in steps if weights_file(folder, s).is_file())
 
 
+def is_ours(path: Path) -> bool:
+    """Whether we wrote a config.json or a meta file: it names a kind of model, which nanochat's and others do not."""
+    try:
+        return load_json(path).get("kind") in _CONFIGS
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """The names of what another program wrote in `folder` under names that a run of ours would use."""
+    names = [p.name for p in Path(folder).glob("*")]
+    ours = {m[1] for n in names if (m := re.fullmatch(r"meta_(\d+)\.json", n)) and is_ours(Path(folder) / n)}
+    found = [n for n in names if (m := re.fullmatch(r"(?:model|optim|meta)_(\d+)(?:_rank\d+)?\.(?:pt|json)", n))
+             and m[1] not in ours]
+    if any(n in ("model.pt", "config.json") for n in names) and not is_ours(Path(folder) / "config.json"):
+        found += [n for n in names if n in ("model.pt", "config.json")]
+    return sorted(found)
+
+
 def remove_leftovers(folder: Path, everything: bool = False) -> None:
     """
-    Deletes what a killed run left half-written: temporary files and step files without their meta file. `everything`:
-    also whole checkpoints and the export.
+    Deletes our temporary files, which a killed run left half-written. `everything`: also our whole checkpoints and the
+    export. What another program wrote stays: step files without a meta file that names our kind, and their like.
     """
     folder = Path(folder)
-    keep = set() if everything else set(list_steps(folder))
+    foreign = set(foreign_files(folder))
     for path in list(folder.glob("*")):
-        step = re.fullmatch(r"(?:model|optim|meta)_(\d+)\.(?:pt|json)", path.name)
+        own = re.fullmatch(r"(?:model|optim|meta)_\d+\.(?:pt|json)|model\.pt|config\.json", path.name)
         half = re.fullmatch(r"\.(?:(?:model|optim|meta|config)[_\d]*\.(?:pt|json)|curves\.png)\..*\.tmp", path.name)
-        if half or (step and int(step[1]) not in keep) or (everything and path.name in ("model.pt", "config.json")):
+        if half or (everything and own and path.name not in foreign):
             path.unlink()
     for path in folder.glob("tokenizer/.token*.tmp"):
         path.unlink()
@@ -348,7 +366,8 @@ def save_export(folder: Path, model: GPT, tokenizer: "Tokenizer", info: dict) ->
     tokenizer.save(folder / "tokenizer")
     with atomic_write(folder / "config.json", "w") as g, atomic_write(folder / "model.pt") as f:
         _dump(state, f)
-        json.dump({"kind": model_kind(model.config), "config": asdict(model.config), **info}, g, indent=1)
+        json.dump({"kind": model_kind(model.config), "config": asdict(model.config),
+                   "tokenizer_fingerprint": tokenizer.fingerprint, **info}, g, indent=1)
 
 
 class Found(NamedTuple):
@@ -468,11 +487,13 @@ class Loaded(NamedTuple):
 
 
 def load(path: str | os.PathLike, device="cpu") -> Loaded:
-    """The model that `find` finds, with its tokenizer. ValueError also for a tokenizer of another size."""
+    """The model that `find` finds, with its tokenizer. ValueError also where that is not the model's own."""
     config, info, file = find(path)
+    tokenizer = load_tokenizer(file.parent, config, info)
     model = build_model(config, "meta")
     load_weights(model, weights_of(info, file), file, device)
-    return Loaded(model, load_tokenizer(file.parent, config), info, file)
+    check_tokenizer(model, tokenizer, info)
+    return Loaded(model, tokenizer, info, file)
 
 
 @contextlib.contextmanager
@@ -510,12 +531,44 @@ def replace_folder(folder: Path):
         raise
 
 
-def load_tokenizer(folder: Path, config: GPTConfig) -> "Tokenizer":
-    """The tokenizer in folder/tokenizer or in the folder itself; ValueError if it is not of the model's size."""
-    from nanochat.tokenizer import Tokenizer
-    inside = Path(folder) / "tokenizer"
-    tokenizer = Tokenizer.from_directory(inside if inside.is_dir() else folder)
-    if tokenizer.get_vocab_size() != config.vocab_size:
-        raise ValueError(f"the tokenizer in {folder} has {tokenizer.get_vocab_size()} ids, the model {config.vocab_size}: "
-                         "put the tokenizer there that the model was trained with")
-    return tokenizer
+def load_tokenizer(folder: Path, config: GPTConfig, info: dict) -> "Tokenizer":
+    """
+    The tokenizer of the model in `folder`, whose config.json or meta is `info`: in folder/tokenizer, in the folder itself,
+    or, unless our export should have its own, in NANOCHAT_BASE_DIR/tokenizer, where nanochat keeps it. ValueError where
+    those found are of another size or have another fingerprint than the model's, FileNotFoundError where there is none.
+    """
+    from nanochat.tokenizer import Tokenizer, find_file
+    fingerprint, faults = info.get("tokenizer_fingerprint"), []
+    places = [Path(folder) / "tokenizer", Path(folder)]
+    if fingerprint or "kind" not in info:
+        places.append(get_base_dir() / "tokenizer")
+    for place in places:
+        if find_file(place) is None:
+            continue
+        tokenizer = Tokenizer.from_directory(place)
+        if tokenizer.get_vocab_size() != config.vocab_size:
+            faults.append(f"the tokenizer in {place} has {tokenizer.get_vocab_size()} ids, the model {config.vocab_size}")
+        elif fingerprint not in (None, tokenizer.fingerprint):
+            faults.append(f"the tokenizer in {place} is not the model's (its fingerprint is {tokenizer.fingerprint}, that "
+                          f"of the model's is {fingerprint})")
+        else:
+            return tokenizer
+    remedy = f"put the tokenizer.pkl or tokenizer.json that the model was trained with into {folder} or {places[0]}"
+    if faults:
+        raise ValueError(f"{'; '.join(dict.fromkeys(faults))}: {remedy}")
+    raise FileNotFoundError(f"there is no tokenizer in {', '.join(map(str, places))}: {remedy}")
+
+
+def check_tokenizer(model: GPT, tokenizer: "Tokenizer", info: dict, device=None) -> None:
+    """
+    Where the checkpoint does not say which tokenizer is its own (nanochat's do not): prints a warning if the model predicts
+    text worse in these tokens than their bare frequencies do. device: where a streamed model's weights come to.
+    """
+    if "tokenizer_fingerprint" in info or "kind" in info:
+        return
+    bits, bare = judge_tokenizer(model, tokenizer, device or model.device)
+    if bits < bare:
+        return
+    print0(f"warning: the model needs {bits:.2f} bits per byte of Python's own text, more than the bare frequencies of the "
+           f"tokens ({bare:.2f}): this tokenizer does not seem to be the model's, or the model is hardly trained. If it "
+           "answers in gibberish, put the tokenizer.pkl or tokenizer.json beside it that it was trained with")

@@ -4,11 +4,13 @@ The tokenizer: byte-level BPE in the style of GPT-4, trained with rustbpe, run w
     python -m scripts.tok_train --data embedded --vocab-size 8192
 
 Ids: the 256 bytes and the merges first, in order of their rank, then nanochat's nine special tokens. Kept on disk as
-tokenizer.json (split pattern, tokens, special tokens: data only, nothing in it can run). nanochat's own tokenizer.pkl
-is a pickle, which can hold any program: `read_pickle` lets nothing but the encoding's parts through.
+Hugging Face's tokenizer.json (tokenizer_json.py; data only, nothing in it can run), with what AutoTokenizer needs beside
+it. nanochat's own tokenizer.pkl is a pickle, which can hold any program: `read_pickle` lets nothing but the encoding's
+parts through.
 """
 import base64
 import binascii
+import contextlib
 import functools
 import hashlib
 import io
@@ -25,6 +27,7 @@ import rustbpe
 import tiktoken
 import torch
 
+from nanochat import tokenizer_json
 from nanochat.common import atomic_write
 from nanochat.conversations import messages_of, turns
 from nanochat.shards import split_text
@@ -42,10 +45,11 @@ SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?
                  r"|\s*[\r\n]|\s+(?!\S)|\s+")
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-FORMAT = "adamba-bpe-1"
+OLD_FORMAT = "adamba-bpe-1"  # of our files until November 2026
 MAX_PAIRS = 2**31 - 1  # rustbpe counts pairs in 32 bits
 MAX_SPACES = 500_000  # tiktoken's regex engine panics at a run of white space of about a million characters
-REMEDY = "make one with python -m scripts.tok_train"
+REMEDY = ("copy it again from where its model came from or, if no model was trained with it, make one with "
+          "python -m scripts.tok_train")
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -127,31 +131,32 @@ class Tokenizer:
     @classmethod
     def from_directory(cls, folder: str | os.PathLike) -> "Tokenizer":
         """
-        Reads tokenizer.json, else nanochat's tokenizer.pkl, from `folder` or from its subfolder tokenizer/.
-        Raises FileNotFoundError or ValueError.
+        Reads the tokenizer in `folder` or its subfolder tokenizer/: a tokenizer.json that we wrote, else nanochat's
+        tokenizer.pkl, else another program's tokenizer.json. Raises FileNotFoundError or ValueError.
         """
-        folder = Path(folder)
-        for name, read in (("tokenizer.json", _read_json), ("tokenizer.pkl", read_pickle)):
-            for path in (folder / name, folder / "tokenizer" / name):
-                if path.is_file():
-                    tokens, pattern, special_tokens = read(path)
-                    try:
-                        return cls(tokens, pattern, special_tokens)
-                    except ValueError as e:
-                        raise ValueError(f"{path}: {e}") from e
-        raise FileNotFoundError(f"no tokenizer.json or tokenizer.pkl in {folder}: {REMEDY} --out {folder}")
+        path = find_file(folder)
+        if path is None:
+            raise FileNotFoundError(f"no tokenizer.json or tokenizer.pkl in {folder}: {REMEDY} --out {folder}")
+        tokens, pattern, special_tokens = read_pickle(path) if path.suffix == ".pkl" else _read_json(path)
+        try:
+            return cls(tokens, pattern, special_tokens)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from e
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes tokenizer.json and token_bytes.pt (int32 [vocab]) into `folder`, each atomically."""
+        """
+        Writes tokenizer.json, tokenizer_config.json, chat_template.jinja (for AutoTokenizer) and token_bytes.pt (int32
+        [vocab]) into `folder`, each atomically.
+        """
         folder = Path(folder)
         buffer = io.BytesIO()
         torch.save(self.token_bytes(), buffer)
         with atomic_write(folder / "token_bytes.pt") as f:
             f.write(buffer.getvalue())
+        tokenizer_json.write_companions(folder)
         n = len(self._bytes) - len(self.special_tokens)
         with atomic_write(folder / "tokenizer.json", "w") as f:
-            json.dump({"format": FORMAT, "pattern": self.pattern, "special_tokens": list(self.special_tokens),
-                       "tokens_base64": [base64.b64encode(token).decode() for token in self._bytes[:n]]}, f, indent=0)
+            json.dump(tokenizer_json.to_dict(self._bytes[:n], self.pattern, list(self.special_tokens)), f)
 
     # --- what it is
 
@@ -268,7 +273,26 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two files
+# Files
+
+def is_ours(path: Path) -> bool:
+    """Whether we wrote this tokenizer.json: it has our old form, or the file beside it names us."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        beside = path.with_name("tokenizer_config.json")
+        if beside.is_file():
+            return json.loads(beside.read_text(encoding="utf-8")).get("written_by") == tokenizer_json.WRITTEN_BY
+        with open(path, encoding="utf-8") as f:
+            return OLD_FORMAT in f.read(100)
+    return False
+
+
+def find_file(folder: str | os.PathLike) -> Path | None:
+    """The tokenizer's file in `folder` or its subfolder tokenizer/, in the order of Tokenizer.from_directory; or None."""
+    places = Path(folder), Path(folder) / "tokenizer"
+    tables = [place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()]
+    pickles = [place / "tokenizer.pkl" for place in places if (place / "tokenizer.pkl").is_file()]
+    return next(iter([*filter(is_ours, tables), *pickles, *tables]), None)
+
 
 def _check_parts(tokens: Sequence[bytes], pattern: str, special_tokens: Sequence[str]) -> dict[bytes, int]:
     """{token: rank}, or a ValueError that says what is wrong with the parts."""
@@ -286,16 +310,21 @@ def _check_parts(tokens: Sequence[bytes], pattern: str, special_tokens: Sequence
 
 
 def _read_json(path: Path) -> tuple[list[bytes], str, list[str]]:
+    """(tokens, pattern, special tokens) of a tokenizer.json, Hugging Face's or our old one. ValueError for others."""
     try:
         parts = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(parts, dict) or parts.get("format") != FORMAT:
-            raise ValueError(f"its 'format' is not {FORMAT}")
+        if not isinstance(parts, dict):
+            raise ValueError("it is no JSON object")
+        if "format" not in parts:
+            return tokenizer_json.from_dict(parts)
+        if parts["format"] != OLD_FORMAT:
+            raise ValueError(f"its 'format' is not {OLD_FORMAT}")
         tokens = [base64.b64decode(token, validate=True) for token in parts["tokens_base64"]]
         if not isinstance(parts["special_tokens"], list):
             raise ValueError("its special tokens are no list")
         return tokens, parts["pattern"], parts["special_tokens"]
-    except (ValueError, KeyError, TypeError, RecursionError, binascii.Error) as e:
-        raise ValueError(f"{path} is not a tokenizer of this package ({e}): remove it and {REMEDY}") from e
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error) as e:
+        raise ValueError(f"{path} cannot be read as a tokenizer ({type(e).__name__}: {e}): {REMEDY}") from e
 
 
 # What pickling a tiktoken Encoding (protocols 3 to 5; nanochat writes 4 or 5) consists of: Encoding.__new__ and a dict

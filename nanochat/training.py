@@ -281,6 +281,9 @@ class Run:
         self.settings = json.loads(json.dumps(settings))
         self.start, self.meta, self.loader = 0, None, None  # loader: the data position of every rank
         step_checkpoint.check_shared(self.folder)
+        if foreign := everyone(ckpt.foreign_files(self.folder))[0]:
+            raise ValueError(f"{self.folder} holds another program's checkpoint ({foreign[0]}), which is not deleted or "
+                             "overwritten: name this run otherwise with --tag, or move that away")
         if get_rank()[0] == 0:
             step_checkpoint.remove_leftovers(self.folder, everything=args.fresh)
             ckpt.remove_leftovers(self.folder, everything=args.fresh)

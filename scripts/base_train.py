@@ -94,8 +94,8 @@ def main(argv=None):
             figures = run.train(model, optimizers, tokenizer, data, step, evaluate, passes, config.sequence_len)
     if not (folder / f"meta_{args.num_iterations:06d}.json").is_file():
         ckpt.save_step(folder, args.num_iterations, model, optimizers, {
-            "settings": run.settings, "loader": run.loader, "figures": figures,
-            "val_bpb": figures["bpb"]})
+            "tokenizer_fingerprint": tokenizer.fingerprint, "settings": run.settings, "loader": run.loader,
+            "figures": figures, "val_bpb": figures["bpb"]})
         distributed.barrier()
     print0(f"trained {folder}: {figures['first_bpb']:.4f} -> {figures['bpb']:.4f} bits/byte, "
            f"{figures.get('tok_per_s', 0):,.0f} tok/s")

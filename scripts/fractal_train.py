@@ -74,8 +74,8 @@ class Teacher(NamedTuple):
     @staticmethod
     def find(path: str, config: GPTConfig, tokenizer, dtype: torch.dtype) -> "Teacher":
         """ValueError for a model that cannot teach one of `config`: of another tokenizer or a shorter context."""
-        own, _, file = ckpt.find(path)
-        if ckpt.load_tokenizer(file.parent, own).fingerprint != tokenizer.fingerprint:
+        own, info, file = ckpt.find(path)
+        if ckpt.load_tokenizer(file.parent, own, info).fingerprint != tokenizer.fingerprint:
             raise ValueError(f"--teacher {path} has another tokenizer than the model, so its tokens mean something else: "
                              "name the model that this one was made from")
         if own.sequence_len < config.sequence_len:
@@ -236,7 +236,7 @@ def train(args, given: set[str], folder: Path | None = None, watch=None, label: 
     if ckpt.model_kind(config) != "hybrid":
         raise ValueError(f"{args.checkpoint} holds a base GPT: make a hybrid of it with "
                          "`python -m scripts.surgery --src ...`")
-    tokenizer, T = ckpt.load_tokenizer(file.parent, config), config.sequence_len
+    tokenizer, T = ckpt.load_tokenizer(file.parent, config, info), config.sequence_len
     phase, boxes = find_phase(args, config, info)
     levels = find_levels(args.dim_levels, config)
     if args.draft_exit is not None and args.draft_exit not in config.exit_points:

@@ -87,7 +87,7 @@ def main(argv=None):
 
     growing = args.expand_from is not None
     config, info, file, state, note = (open_hybrid if growing else open_base)(args)
-    tokenizer = ckpt.load_tokenizer(file.parent, config)
+    tokenizer = ckpt.load_tokenizer(file.parent, config, info)
     print0(f"source {file} ({note}): {sum(s.numel() for s in state.shapes.values()):,} parameters")
     if growing:
         init = Init(**{k: v for k in ("rank", "std", "scale", "seed") if (v := getattr(args, k)) is not None},
@@ -124,6 +124,7 @@ def main(argv=None):
     own(dst)  # before the proof, which takes long
     check_room(dst, size)
 
+    ckpt.check_tokenizer(streamed(config, state, device), tokenizer, info, device)
     proof = run_proof((config, state), (new_config, new_state), dtype, device)
     if not unchanged(proof):
         print(f"error: the function changed by more than {MAX_DELTA}; nothing was written", file=sys.stderr)
@@ -143,7 +144,8 @@ def main(argv=None):
         seconds = progress.seconds
         figures = {"bytes": progress.done, "seconds": round(seconds, 1), "mb_per_s": round(progress.done / seconds / 1e6, 1),
                    "peak_rss_mb": round(peak_rss_mb())}
-        ckpt.save_json({"kind": "hybrid", "config": asdict(new_config), "tag": tag, "provenance": provenance,
+        ckpt.save_json({"kind": "hybrid", "config": asdict(new_config), "tag": tag,
+                        "tokenizer_fingerprint": tokenizer.fingerprint, "provenance": provenance,
                         "proof": proof, "written": figures,
                         # training goes on behind the text that the source has seen
                         "loader": info.get("loader")}, folder / "config.json")

@@ -15,7 +15,7 @@ from nanochat.dataset import DEFAULT_HUB, add_skip_arg, prepare
 from nanochat.hub import DEFAULT_SHARDS
 from nanochat.owner import gives_back, own
 from nanochat.shards import EMBEDDED, iter_texts
-from nanochat.tokenizer import Tokenizer, check_vocab_size, cut_spaces
+from nanochat.tokenizer import Tokenizer, check_vocab_size, cut_spaces, find_file, is_ours
 
 
 def parse_args(argv) -> argparse.Namespace:
@@ -55,6 +55,10 @@ def main(argv=None) -> None:
     if args.max_chars < 1:
         raise ValueError(f"--max-chars {args.max_chars} leaves no text: give at least 1")
     out = own(args.out or get_base_dir() / "tokenizer")
+    there = Path(out, "tokenizer.pkl") if Path(out, "tokenizer.pkl").is_file() else find_file(out)
+    if there and not is_ours(there):
+        raise ValueError(f"{there} is another program's tokenizer, which is not overwritten: training takes it from there "
+                         "as it is; to make one of your own name another folder with --out")
     folder = prepare(args.data, num_shards=args.num_shards, skip_bad_rows=args.skip_bad_rows)
     start = time.perf_counter()
     tokenizer = Tokenizer.train_from_iterator(iter_texts(folder, "train", args.max_chars), args.vocab_size)

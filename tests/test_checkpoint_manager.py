@@ -133,16 +133,91 @@ def test_a_tokenizer_of_another_size_is_refused(base_config, tokenizer, tmp_path
         ckpt.load(tmp_path)
 
 
-def test_leftovers_of_a_killed_run_are_removed(base, tmp_path):
+def test_leftovers_of_a_killed_run_are_removed(base, tokenizer, tmp_path):
     ckpt.save_step(tmp_path, 1, base, [], {})
-    for name in ("model_000002.pt", "optim_000002.pt", ".model_000003.pt.abc.tmp", ".curves.png.abc.tmp", "notes_2024.md",
-                 "model.pt"):
+    ckpt.save_export(tmp_path, base, tokenizer, {})
+    for name in (".model_000003.pt.abc.tmp", ".curves.png.abc.tmp", "notes_2024.md"):
         (tmp_path / name).write_text("x")
     ckpt.remove_leftovers(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["meta_000001.json", "model.pt", "model_000001.pt", "notes_2024.md",
-                                            "optim_000001.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "meta_000001.json", "model.pt", "model_000001.pt",
+                                            "notes_2024.md", "optim_000001.pt", "tokenizer"]
     ckpt.remove_leftovers(tmp_path, everything=True)
-    assert os.listdir(tmp_path) == ["notes_2024.md"]
+    assert sorted(os.listdir(tmp_path)) == ["notes_2024.md", "tokenizer"]
+
+
+def test_what_another_program_wrote_survives_every_cleanup(base_config, base, tmp_path):
+    """nanochat's checkpoints, whose meta files name no kind, one without any meta file, and a Hugging Face repository."""
+    ckpt.save_step(tmp_path, 1, base, [], {})
+    ckpt.save_json({"model_config": asdict(base_config)}, tmp_path / "meta_000650.json")
+    ckpt.save_json({"model_type": "nanochat"}, tmp_path / "config.json")
+    others = ["model_000650.pt", "optim_000650_rank0.pt", "model_000700.pt", "model.pt"]
+    for name in others:
+        (tmp_path / name).write_text("x")
+    others = sorted([*others, "meta_000650.json", "config.json"])
+    assert ckpt.foreign_files(tmp_path) == others
+    for everything in (False, True):
+        ckpt.remove_leftovers(tmp_path, everything)
+        assert set(others) <= set(os.listdir(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == others
+
+
+def test_a_failed_step_leaves_what_was_there(base, tmp_path, monkeypatch):
+    (tmp_path / "optim_000002.pt").write_text("another's")
+    monkeypatch.setattr(ckpt, "model_kind", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ckpt.save_step(tmp_path, 2, base, [], {})
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"optim_000002.pt": "another's"}
+
+
+# --- whose tokenizer it is
+
+def other_tokenizer():
+    return Tokenizer.train_from_iterator(["quite different words, zig zag zoom; never the ones of before"] * 3 + [
+        "".join(chr(97 + i * 3 % 26) + chr(97 + i * 11 % 26) + "; " for i in range(400))], 300)
+
+
+def test_a_checkpoint_takes_its_own_tokenizer_alone(base, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    ckpt.save_export(tmp_path / "out", base, tokenizer, {})
+    other_tokenizer().save(tmp_path / "out/tokenizer")
+    with pytest.raises(ValueError, match=rf"fingerprint is {other_tokenizer().fingerprint}, that of the model's is "
+                                         rf"{tokenizer.fingerprint}.*put the tokenizer.pkl or tokenizer.json") as e:
+        ckpt.load(tmp_path / "out")
+    assert "tok_train" not in str(e.value)
+    tokenizer.save(tmp_path / "tokenizer")  # nanochat's place: it has the fingerprint
+    assert ckpt.load(tmp_path / "out").tokenizer.fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "chatsft_checkpoints/d1/tokenizer", "chatsft_checkpoints/d1"])
+def test_nanochats_tokenizer_is_found_where_nanochat_keeps_it(base_config, base, tokenizer, tmp_path, monkeypatch, where):
+    """Its pickle is read although a tokenizer.json of another program, of the same size, lies beside it."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    folder = tmp_path / "chatsft_checkpoints/d1"
+    folder.mkdir(parents=True)
+    torch.save(base.state_dict(), folder / "model_000650.pt")
+    ckpt.save_json({"model_config": asdict(base_config)}, folder / "meta_000650.json")
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*d1/tokenizer, .*d1, .*put the tokenizer.pkl") as e:
+        ckpt.load(folder)
+    assert "tok_train" not in str(e.value)
+    other_tokenizer().save(tmp_path / where)
+    (tmp_path / where / "tokenizer_config.json").unlink()
+    (tmp_path / where / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer.enc))
+    assert ckpt.load(folder).tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_anothers_tokenizer_of_the_same_size_is_noticed(tmp_path, capsys, monkeypatch):
+    """A trained model whose checkpoint names no tokenizer, as nanochat's do: a warning with another's alone."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "home"))
+    golden = Path(__file__).parent / "golden/model"
+    model, own, info, _ = ckpt.load(golden)
+    other = Tokenizer.train_from_iterator([Path(pickle.__file__).read_text()], 320)
+    assert own.get_vocab_size() == other.get_vocab_size()
+    ckpt.check_tokenizer(model, own, {})
+    assert capsys.readouterr().out == ""
+    ckpt.check_tokenizer(model, other, info)  # it has a kind: what lies in an export belongs to it
+    assert capsys.readouterr().out == ""
+    ckpt.check_tokenizer(model, other, {})
+    assert "does not seem to be the model's" in capsys.readouterr().out
 
 
 # --- what a run resumes from
@@ -358,11 +433,12 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_export(base, tokenizer, t
         import resource, signal, sys
         from nanochat import checkpoint_manager as ckpt
         from nanochat.common import cli
+        from nanochat.tokenizer import Tokenizer
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         model, _ = ckpt.load_step({str(tmp_path)!r}, 1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
-            ckpt.save_export({str(tmp_path / "out")!r}, model, ckpt.load_tokenizer({str(tmp_path / "out")!r}, model.config),
+            ckpt.save_export({str(tmp_path / "out")!r}, model, Tokenizer.from_directory({str(tmp_path / "out")!r}),
                              {{"tag": "new"}})
         except OSError:
             cli(lambda: ckpt.save_step({str(tmp_path)!r}, 2, model, [], {{}}))()

@@ -384,7 +384,7 @@ def test_controls_of_a_sharded_model_get_the_prices_of_a_whole_one(home, cwd, tm
     ranks.together(2, ranks.fractal, argv, out=tmp_path / "log" / "two")
     folder = cwd / "fractal_checkpoints" / "t_32_auto"
     model, info = ckpt.load(folder).model, ckpt.load_json(folder / "config.json")
-    tokenizer = ckpt.load_tokenizer(folder, model.config)
+    tokenizer = ckpt.load_tokenizer(folder, model.config, {})
     whole = fractal_train.uncalibrated(model, tokenizer, prepare_mixture(str(home / "docs")))
     assert info["calibration"]["prices"] == [pytest.approx(p, abs=1e-4) for p in whole["prices"]]
     assert len(whole["prices"]) == len(budget_grid(model)) and any(p for _, p in whole["prices"])

@@ -1,4 +1,5 @@
 """Encoding against a naive BPE, training against its own definition, pickles that attack, conversations by hand."""
+import base64
 import collections
 import io
 import itertools
@@ -179,7 +180,8 @@ def same(a, b):
 
 def test_save_and_load(tok, tmp_path):
     tok.save(tmp_path / "t")
-    assert sorted(os.listdir(tmp_path / "t")) == ["token_bytes.pt", "tokenizer.json"]
+    assert sorted(os.listdir(tmp_path / "t")) == ["chat_template.jinja", "token_bytes.pt", "tokenizer.json",
+                                                  "tokenizer_config.json"]
     assert same(Tokenizer.from_directory(tmp_path / "t"), tok)
     assert same(Tokenizer.from_directory(str(tmp_path / "t")), tok)
     (tmp_path / "run").mkdir()
@@ -196,18 +198,126 @@ def test_missing_tokenizer(tmp_path):
 def test_damaged_json(tok, tmp_path):
     tok.save(tmp_path)
     path = tmp_path / "tokenizer.json"
-    good = json.loads(path.read_text())
+    text = path.read_text()
 
-    def damaged(**changes):
-        return json.dumps({**good, **changes})
-    cases = [path.read_text()[:1000], "[]", "[" * 100_000, damaged(format="other"), damaged(tokens_base64=["!"]),
-             damaged(tokens_base64=good["tokens_base64"][1:]), damaged(tokens_base64=good["tokens_base64"] + ["YQ=="]),
-             damaged(tokens_base64=7), damaged(special_tokens=["<|bos|>"]), damaged(special_tokens=None),
-             damaged(pattern=3), damaged(pattern="(unclosed"), json.dumps({"format": "adamba-bpe-1"})]
-    for text in cases:
-        path.write_text(text)
+    def damaged(change):
+        parts = json.loads(text)
+        change(parts)
+        return json.dumps(parts)
+    model_changes = [lambda m: m["vocab"].pop("a"), lambda m: m["vocab"].update(a=7), lambda m: m["vocab"].update(zz=391),
+                     lambda m: m["vocab"].update(a="x"), lambda m: m["merges"].reverse(), lambda m: m.update(merges=7),
+                     lambda m: m.update(merges=[*m["merges"][:-1], ["a"]]), lambda m: m.update(merges=[]),
+                     lambda m: m.update(type="WordPiece"), lambda m: m.update(dropout=0.1), lambda m: m.pop("vocab"),
+                     lambda m: m.update(vocab=[1]), lambda m: m["vocab"].update({"\u4e00": m["vocab"].pop("a")})]
+    cases = [text[:1000], "[]", "[" * 100_000, "{}",
+             *(damaged(lambda p, c=c: c(p["model"])) for c in model_changes),
+             damaged(lambda p: p["added_tokens"].pop()), damaged(lambda p: p.update(added_tokens=None)),
+             damaged(lambda p: p["added_tokens"][0].update(content="<|other|>")),
+             damaged(lambda p: p.update(normalizer={"type": "NFC"})), damaged(lambda p: p.update(pre_tokenizer=None)),
+             damaged(lambda p: p["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="(unclosed")),
+             damaged(lambda p: p["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=3)),
+             damaged(lambda p: p["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
+             damaged(lambda p: p["pre_tokenizer"]["pretokenizers"].reverse())]
+    for case in cases:
+        path.write_text(case)
         with pytest.raises(ValueError, match=r"tokenizer\.json.*make one with python -m scripts\.tok_train"):
             Tokenizer.from_directory(tmp_path)
+
+
+# --- our files until November 2026
+
+def old_form(tok):
+    n = tok.get_vocab_size() - 9
+    return {"format": "adamba-bpe-1", "pattern": tok.pattern, "special_tokens": list(SPECIAL_TOKENS),
+            "tokens_base64": [base64.b64encode(tok.id_to_bytes(i)).decode() for i in range(n)]}
+
+
+def test_the_old_form_is_read_before_a_pickle(tok, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(old_form(tok), indent=0))
+    (tmp_path / "tokenizer.pkl").write_bytes(b"rubbish")
+    assert same(Tokenizer.from_directory(tmp_path), tok)
+
+
+def test_a_damaged_old_form(tok, tmp_path):
+    good, path = old_form(tok), tmp_path / "tokenizer.json"
+    tokens = good["tokens_base64"]
+    for changes in ({"format": "other"}, {"tokens_base64": ["!"]}, {"tokens_base64": tokens[1:]}, {"tokens_base64": 7},
+                    {"tokens_base64": [*tokens, "YQ=="]}, {"special_tokens": ["<|bos|>"]}, {"special_tokens": None},
+                    {"pattern": 3}, {"pattern": "(unclosed"}):
+        path.write_text(json.dumps({**good, **changes}))
+        with pytest.raises(ValueError, match=r"tokenizer\.json.*make one with python -m scripts\.tok_train"):
+            Tokenizer.from_directory(tmp_path)
+
+
+# --- Hugging Face reads our files, and we theirs
+
+def hostile_vocabulary(seed):
+    """Tokens of few letters, so that many pairs lead to one token and some tokens come of no pair."""
+    rng = random.Random(seed)
+    tokens = [bytes([b]) for b in range(256)]
+    return tokens + list({bytes(rng.choices(b"ab ", k=rng.randrange(2, 6))): 0 for _ in range(40)})
+
+
+def test_hugging_face_encodes_alike(tok, tmp_path):
+    """The same ids from its own library, on text made to differ: for a trained vocabulary, and for hostile ones."""
+    tokenizers = pytest.importorskip("tokenizers")
+    cases = [(tok, TRICKY + random_texts(300, seed=2) + [f"{a}{chr(c)}b 1{chr(c)}2 '{chr(c)}" for a in "a1 "
+                                                         for c in range(0x300)])]
+    rng = random.Random(3)
+    for seed in range(20):
+        made = Tokenizer(hostile_vocabulary(seed))
+        cases.append((made, ["".join(rng.choices("ab ", k=rng.randrange(30))) for _ in range(100)]))
+    compared = unequal = 0
+    for i, (ours, texts) in enumerate(cases):
+        ours.save(tmp_path / str(i))
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / str(i) / "tokenizer.json"))
+        theirs.encode_special_tokens = True  # text that looks like a special token is text
+        for text in texts:
+            ids = theirs.encode(text, add_special_tokens=False).ids
+            compared, unequal = compared + 1, unequal + (ids != ours.encode(text))
+            assert theirs.decode(ids, skip_special_tokens=False) == text
+        assert i or not unequal
+    assert compared > 4000 and unequal == 0
+
+
+def test_auto_tokenizer_reads_the_folder(tok, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tok.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    bos = tok.get_bos_token_id()
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (bos, tok.encode_special("<|assistant_end|>"), 400)
+    assert theirs("some text").input_ids == tok.encode("some text", prepend=bos)
+    assert theirs("<|user_end|>", add_special_tokens=False).input_ids == [tok.encode_special("<|user_end|>")]
+    for text in TRICKY:
+        assert theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids == tok.encode(text)
+    assert theirs.decode([bos, *tok.encode("hi")], skip_special_tokens=True) == "hi"
+
+
+def test_the_chat_template_renders_what_we_render(tok, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tok.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    plain = {"messages": [{"role": "user", "content": " hi {{ x }} <b>\n"}, {"role": "assistant", "content": "Oh.\n\n"}]}
+    # a special token's name in a message is that token there, as with every model's template, and text here
+    for conversation in (json.loads(json.dumps(CONVERSATION).replace("<|", "<!")), plain):
+        ids = theirs.apply_chat_template(conversation["messages"], return_dict=False)
+        assert ids == tok.render_conversation(conversation)[0]
+        ids = theirs.apply_chat_template(conversation["messages"][:-1], add_generation_prompt=True, return_dict=False)
+        assert ids == tok.render_for_completion(conversation)
+    with pytest.raises(Exception, match="take turns"):
+        theirs.apply_chat_template([{"role": "assistant", "content": "x"}])
+
+
+def test_another_programs_file_is_read_where_there_is_no_pickle(tok, tmp_path):
+    """With each token's own pair alone, as text in one string, as the converters of others write it."""
+    tok.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    parts = json.loads((tmp_path / "tokenizer.json").read_text())
+    made = {"".join(pair): " ".join(pair) for pair in parts["model"]["merges"]}
+    parts["model"]["merges"] = list(made.values())
+    parts["model"]["vocab"] |= {t["content"]: t["id"] for t in parts["added_tokens"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    assert same(Tokenizer.from_directory(tmp_path), tok)
 
 
 # --- nanochat's pickle
@@ -453,6 +563,27 @@ def test_tok_train(tmp_path, monkeypatch, capsys):
     assert Tokenizer.from_directory(tmp_path / "out").get_vocab_size() < 300
     folder = prepare(tmp_path / "a.jsonl", base_dir=tmp_path / "base")
     assert folder.is_dir()
+    run(monkeypatch, "--data", tmp_path / "a.jsonl", "--vocab-size", 310)  # its own it may replace
+    assert Tokenizer.from_directory(tmp_path / "base/tokenizer").get_vocab_size() == 310
+
+
+@pytest.mark.parametrize("name", ["tokenizer.pkl", "tokenizer.json"])
+def test_tok_train_leaves_anothers_tokenizer_alone(tok, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    tok.save(tmp_path / "base/tokenizer")
+    for ours in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "base/tokenizer" / ours).unlink()
+    (tmp_path / "base/tokenizer" / name).write_text("{}")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "base/tokenizer").iterdir()}
+    assert "token_bytes.pt" in before
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus()))
+    arguments = ["--data", tmp_path / "a.jsonl", "--vocab-size", 300]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *arguments)
+    assert "another program's tokenizer" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "base/tokenizer").iterdir()} == before
+    run(monkeypatch, *arguments, "--out", tmp_path / "mine")
+    assert Tokenizer.from_directory(tmp_path / "mine").get_vocab_size() == 300
 
 
 @pytest.mark.parametrize("arguments, message", [
