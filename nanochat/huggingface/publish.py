@@ -10,9 +10,15 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def check_names(repo: str, variant: str | None) -> None:
-    """ValueError for a repository that is not USER/NAME, or a variant that is no plain folder name."""
+    """ValueError for a repository that is not USER/NAME as the hub takes it, or a variant that is no plain folder name."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ValueError(f"--push {repo} is no repository's name: give USER/NAME")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as e:  # its own words say nothing of our flag
+        raise ValueError(f"--push {repo} is no repository's name: the hub takes at most 96 letters, digits, '-', '_' and '.', "
+                         "no '-' or '.' at either end, no '--' and no '..'") from e
     if variant is not None and not re.fullmatch(r"\w[\w.-]*", variant):
         raise ValueError(f"--variant {variant} is no plain folder name: use letters, digits, '_', '-' and '.'")
 
