@@ -17,8 +17,8 @@ def check_names(repo: str, variant: str | None) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as e:  # its own words say nothing of our flag
-        raise ValueError(f"--push {repo} is no repository's name: the hub takes at most 96 letters, digits, '-', '_' and '.', "
-                         "no '-' or '.' at either end, no '--' and no '..'") from e
+        raise ValueError(f"--push {repo} is no repository's name: the hub takes at most 96 letters, digits, '-', '_' and "
+                         "'.', no '-' or '.' at either end, no '--' and no '..'") from e
     if variant is not None and not re.fullmatch(r"\w[\w.-]*", variant):
         raise ValueError(f"--variant {variant} is no plain folder name: use letters, digits, '_', '-' and '.'")
 
