@@ -37,22 +37,22 @@ def publish(folder: Path, repo: str, variant: str | None = None, public: bool = 
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
-        if not public and not api.repo_info(repo).private:
-            raise ValueError(f"{repo} is there already and public: add --public to publish there, or name another")
-        api.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=variant, delete_patterns=list(WEIGHTS),
-                          commit_message=f"Upload {variant or 'the model'}")
-        if variant is not None:
-            _list_variants(api, folder, repo)
+        allowed = public or api.repo_info(repo).private
+        if allowed:
+            api.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=variant, delete_patterns=list(WEIGHTS),
+                              commit_message=f"Upload {variant or 'the model'}")
+            if variant is not None:
+                _list_variants(api, folder, repo)
     except HfHubHTTPError as e:
         status = getattr(e.response, "status_code", None)
         if status in (401, 403, 404):
             raise ValueError(f"you may not write to {repo}, or you are not logged in: run `hf auth login` with a token that "
                              "may write, and check the name") from e
         raise ConnectionError(_failed(repo, e)) from e
-    except ValueError:
-        raise
     except Exception as e:  # the hub's client lets several libraries' exceptions through
         raise ConnectionError(_failed(repo, e)) from e
+    if not allowed:
+        raise ValueError(f"{repo} is there already and public: add --public to publish there, or name another")
     return f"{api.endpoint}/{repo}" + (f"/tree/main/{variant}" if variant else "")
 
 
