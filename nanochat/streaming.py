@@ -145,24 +145,18 @@ def save_lazy(tree, path: Path, report: Callable[[int], None] = lambda n: None) 
     places = load_torch(path, without_data=True)
     with open(path, "r+b", buffering=0) as f:
         def put(leaf, place):
-            assert leaf.shape == place.shape and leaf.dtype == place.dtype
-            write_tensor(f, leaf, place.untyped_storage()._checkpoint_offset, report)
+            t = leaf.make()
+            assert t.shape == leaf.shape == place.shape and t.dtype == leaf.dtype == place.dtype
+            data = _bytes(t.cpu().contiguous())
+            at = place.untyped_storage()._checkpoint_offset
+            for start in range(0, len(data), WRITE_BYTES):
+                piece = data[start:start + WRITE_BYTES]
+                done = 0
+                while done < len(piece):
+                    done += os.pwrite(f.fileno(), piece[done:], at + start + done)
+                report(len(piece))
         _map(put, tree, places)
         os.fsync(f.fileno())
-
-
-def write_tensor(f, leaf: Leaf, at: int, report: Callable[[int], None]) -> int:
-    """Makes a tensor and writes its bytes at `at` in an unbuffered file; returns their number. report(n): n more."""
-    t = leaf.make()
-    assert t.shape == leaf.shape and t.dtype == leaf.dtype
-    data = _bytes(t.cpu().contiguous())
-    for start in range(0, len(data), WRITE_BYTES):
-        piece = data[start:start + WRITE_BYTES]
-        done = 0
-        while done < len(piece):
-            done += os.pwrite(f.fileno(), piece[done:], at + start + done)
-        report(len(piece))
-    return len(data)
 
 
 def _map(fn, tree, *others):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from nanochat.surgery import extract
 from nanochat.tokenizer import Tokenizer
 from scripts import export, fractal_eval
 
+GOLDEN = Path(__file__).parent / "golden"
 INFO = {"tag": "small", "figures": {"bpb": 1.25}, "loader": {"path": "/scratch/folder/data"},
         "provenance": {"surgery": "insert", "seed": 0, "source": "/scratch/folder/model.pt", "source_sha256": "ab" * 32,
                        "command": "python -m scripts.surgery --src /scratch/folder", "from": {"source": "/scratch/folder"}}}
@@ -120,6 +122,8 @@ def test_padding_is_seen_by_nobody_wherever_it_stands(theirs, mode, same_start):
             logits = torch.cat(parts, 1)
             for r in range(3):
                 assert (logits[r, mask[r].bool()] - alone[r]).abs().max() < 5e-6, (where, cuts, r)
+                if cuts == [T]:  # the last column is what generation goes on from, be it padding or not
+                    assert (logits[r, -1] - alone[r][-1]).abs().max() < 5e-6, (where, r)
     model.config.mode = None
 
 
@@ -139,6 +143,22 @@ def test_batched_generation_equals_each_row_alone(models, theirs, same_start):
         assert beams[r].tolist() == model.generate(p[None], num_beams=3, **options)[0, len(p):].tolist()
         no_cache = model.generate(p[None], num_beams=3, use_cache=False, **options)[0, len(p):]
         assert beams[r].tolist() == no_cache.tolist()
+
+
+@torch.no_grad()
+def test_a_trained_models_text_is_what_our_engine_made_of_it(tmp_path, same_start):
+    """The golden model, in batches padded on either side: the tokens that are kept in tests/golden."""
+    from golden import make
+    export.main(["--checkpoint", str(GOLDEN / "model"), "--dst", str(tmp_path / "repo")])
+    model, tokenizer = load(tmp_path / "repo"), AutoTokenizer.from_pretrained(tmp_path / "repo")
+    expected = json.loads((GOLDEN / "expected.json").read_text())["decoded"]
+    for name, mode, depth, side in (("full", None, None, "left"), ("full", None, None, "right"),
+                                    ("ghost", "ghost", None, "right"), ("depth 4", None, 4, "left")):
+        model.config.mode, model.config.exit_depth, tokenizer.padding_side = mode, depth, side
+        inputs = tokenizer(make.PROMPTS, return_tensors="pt", padding=True)
+        text = model.generate(**inputs, max_new_tokens=make.NEW_TOKENS, do_sample=False)[:, inputs.input_ids.size(1):]
+        for row, want in zip(text.tolist(), expected[name]["tokens"], strict=True):
+            assert row[:len(want)] == want, (name, side)
 
 
 @torch.no_grad()

@@ -230,3 +230,10 @@ def test_lm_evals_own_command_gives_our_scores(made, tmp_path, monkeypatch, caps
         nats -= float(logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].sum())
         nbytes += len(doc["question"])
     assert results["small_rolling"]["bits_per_byte,none"] == pytest.approx(nats / nbytes / 0.693147181, abs=1e-4)
+
+
+def test_lm_evals_own_default_device_is_no_fault(made, monkeypatch):
+    """It passes cuda where nothing is said, on a machine without a GPU, too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    from nanochat.huggingface.lm_eval_model import AdambaLM
+    assert AdambaLM(str(made[2]), device="cuda:0").device.type == "cpu"

@@ -112,7 +112,8 @@ def test_nothing_becomes_public_by_accident(hub, made, tmp_path, capsys, monkeyp
 
 
 def test_names():
-    for repo, variant in (("nobody", None), ("a/b/c", None), ("a/b", "x/y"), ("a/b", "..")):
+    for repo, variant in (("nobody", None), ("a/b/c", None), ("a/b--c", None), ("a/b.", None), ("a/b", "x/y"),
+                          ("a/b", "..")):
         with pytest.raises(ValueError, match=r"--push|--variant"):
             check_names(repo, variant)
     check_names("a-b/c.d_e", "stage1_6b")

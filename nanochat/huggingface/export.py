@@ -79,7 +79,7 @@ def is_plain(config: GPTConfig) -> bool:
 def as_exported(config: GPTConfig, state: State, info: dict, fingerprint: str) -> Exported:
     """A checkpoint's model as it is written. info: its config.json or meta; fingerprint: of its tokenizer."""
     known = {k: info[k] for k in KEPT if info.get(k) is not None} | {"tokenizer_fingerprint": fingerprint}
-    if info.get("figures", {}).get("bpb") is not None:
+    if (info.get("figures") or {}).get("bpb") is not None:
         known["val_bpb"] = info["figures"]["bpb"]
     if info.get("provenance"):
         known["provenance"] = public(info["provenance"])

@@ -39,6 +39,8 @@ class AdambaLM(TemplateLM):
                              "lossless, add_bos and max_gen_toks")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"--batch_size {batch_size} is not known here: give a number of at least 1")
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # cuda is lm-eval's own default, whatever the machine has
         kind = find_device_type(None if device is None else device.split(":")[0])
         self._device = torch.device(device or kind)
         model, self.tokenizer, info, _ = ckpt.load(user_path(pretrained), self._device)

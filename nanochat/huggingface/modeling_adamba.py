@@ -8,7 +8,8 @@ the first d dims of the residual stream, the first d / head_dim heads, the first
 arXiv 2405.21060), the embeddings and the head always run whole.
 
 Padding: the valid tokens of each row are moved to its front before the first block, and back after the last. So inside,
-row r has counts[r] valid tokens, which follow those it had before; padding is seen by nobody, wherever it stood.
+row r has counts[r] valid tokens, which follow those it had before; padding is seen by nobody, wherever it stood. Outside, a
+padded column shows what the last valid token before it showed, so that generation goes on from the right one.
 """
 import torch
 import torch.nn as nn
@@ -299,7 +300,7 @@ class AdambaForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)} does not fit: give (rows, columns)")
             if not bool(valid.all()):
                 order = (~valid).long().argsort(dim=1, stable=True)
-                input_ids, counts, back = input_ids.gather(1, order), valid.sum(1), order.argsort(dim=1)
+                input_ids, counts, back = input_ids.gather(1, order), valid.sum(1), (valid.cumsum(1) - 1).clamp(min=0)
         h = self.hidden(input_ids, counts, memory, *compute)
         if back is not None:
             h = h.gather(1, back.to(h.device).unsqueeze(-1).expand_as(h))

@@ -10,9 +10,15 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def check_names(repo: str, variant: str | None) -> None:
-    """ValueError for a repository that is not USER/NAME, or a variant that is no plain folder name."""
+    """ValueError for a repository that is not USER/NAME as the hub takes it, or a variant that is no plain folder name."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ValueError(f"--push {repo} is no repository's name: give USER/NAME")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as e:  # its own words say nothing of our flag
+        raise ValueError(f"--push {repo} is no repository's name: the hub takes at most 96 letters, digits, '-', '_' and "
+                         "'.', no '-' or '.' at either end, no '--' and no '..'") from e
     if variant is not None and not re.fullmatch(r"\w[\w.-]*", variant):
         raise ValueError(f"--variant {variant} is no plain folder name: use letters, digits, '_', '-' and '.'")
 
@@ -31,22 +37,22 @@ def publish(folder: Path, repo: str, variant: str | None = None, public: bool = 
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
-        if not public and not api.repo_info(repo).private:
-            raise ValueError(f"{repo} is there already and public: add --public to publish there, or name another")
-        api.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=variant, delete_patterns=list(WEIGHTS),
-                          commit_message=f"Upload {variant or 'the model'}")
-        if variant is not None:
-            _list_variants(api, folder, repo)
+        allowed = public or api.repo_info(repo).private
+        if allowed:
+            api.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=variant, delete_patterns=list(WEIGHTS),
+                              commit_message=f"Upload {variant or 'the model'}")
+            if variant is not None:
+                _list_variants(api, folder, repo)
     except HfHubHTTPError as e:
         status = getattr(e.response, "status_code", None)
         if status in (401, 403, 404):
             raise ValueError(f"you may not write to {repo}, or you are not logged in: run `hf auth login` with a token that "
                              "may write, and check the name") from e
         raise ConnectionError(_failed(repo, e)) from e
-    except ValueError:
-        raise
     except Exception as e:  # the hub's client lets several libraries' exceptions through
         raise ConnectionError(_failed(repo, e)) from e
+    if not allowed:
+        raise ValueError(f"{repo} is there already and public: add --public to publish there, or name another")
     return f"{api.endpoint}/{repo}" + (f"/tree/main/{variant}" if variant else "")
 
 
