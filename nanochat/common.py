@@ -204,13 +204,6 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb"):
         raise
 
 
-def existing_folder(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists: where its disk can be asked for room."""
-    while not path.exists():
-        path = path.parent
-    return path
-
-
 def is_full(e: BaseException) -> bool:
     """Whether an error says that a disk, a quota or a limit on file size has no room left."""
     return isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -221,6 +214,13 @@ def raise_if_full(e: BaseException, path: Path) -> None:
     if is_full(e):
         raise OSError(e.errno, f"no room left to write {path}; what was there before is untouched: free some disk space and "
                                "run the same command again") from e
+
+
+def existing_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists: where its disk can be asked for room."""
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def fsync_dir(path: str | os.PathLike) -> None:

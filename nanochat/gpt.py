@@ -310,7 +310,7 @@ class GPT(nn.Module):
             if i == c.backout_block:
                 middle = x
             if control is not None and i in c.exit_points and i < deepest and i != going:
-                exits, levels = control(i, self.leaving(x, middle), exits, levels, *sure)
+                exits, levels = control(i, self.leaving(x, middle, i), exits, levels, *sure)
                 sure = ()
                 first, deepest = ends()
             active, stop = None, i + 1
@@ -339,15 +339,20 @@ class GPT(nn.Module):
             i = stop
         if cache is not None:
             cache.advance()
-        return norm(self.leaving(x, middle), c.d_ref, c.norm_eps)
+        return norm(self.leaving(x, middle, exits), c.d_ref, c.norm_eps)
 
-    def leaving(self, x: torch.Tensor, middle: torch.Tensor | None) -> torch.Tensor:
+    def leaving(self, x: torch.Tensor, middle: torch.Tensor | None, exits: torch.Tensor | int) -> torch.Tensor:
         """
-        What the final norm gets of states x (B, T, D) of tokens that leave the blocks. middle: their states after
-        backout_block blocks (None: they have not got there, and their present state takes its place).
+        What the final norm gets of states x (B, T, D) of tokens that leave after `exits` blocks, (B, T) or a number for all.
+        middle: their states after backout_block blocks, of which those that went further take their share away. The others'
+        state would be that in the middle, and to take a share of 1 or more away would turn it round.
         """
-        share = self.config.backout_lambda
-        return x - share * (x if middle is None else middle) if share else x
+        share, block = self.config.backout_lambda, self.config.backout_block
+        if not share or middle is None or (isinstance(exits, int) and exits <= block):
+            return x
+        if not isinstance(exits, int):
+            middle = middle * (exits > block).to(x.device).unsqueeze(-1)
+        return x - share * middle
 
     def finish(self, cache) -> torch.Tensor:
         """
@@ -361,7 +366,7 @@ class GPT(nn.Module):
             x = middle = self.run(first, c.backout_block, idx, x, levels, None, cache)
             first = c.backout_block
         x = self.run(first, c.n_block, idx, x, levels, None, cache)
-        return norm(self.leaving(x, middle), c.d_ref, c.norm_eps)
+        return norm(self.leaving(x, middle, c.n_block), c.d_ref, c.norm_eps)
 
     def run(self, first: int, last: int, idx, x, levels: list, rope, cache=None, active=None) -> torch.Tensor:
         """

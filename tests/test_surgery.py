@@ -478,7 +478,11 @@ def test_user_errors_are_one_line_and_write_nothing(home, base, config, tokenize
     meta = ckpt.load_json(file.with_name("meta_000650.json"))
     meta = {"model_config": {k: v for k, v in meta["model_config"].items() if k not in ckpt.LATER_FIELDS}}
     ckpt.save_json(meta, file.with_name("meta_000650.json"))  # as nanochat itself writes it
+<<<<<<< HEAD
     fails(capsys, [], "vintage G", "missing value_embeds.0.weight")
+=======
+    fails(capsys, [], "vintage G", "missing", "resid_lambdas")
+>>>>>>> main
     torch.save({k: v for k, v in state.items() if k != "lm_head.weight"}, file)
     fails(capsys, [], "missing lm_head.weight")
     torch.save(state, file)
@@ -527,7 +531,8 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(home, capsys):
 def test_config_holds_everything(home, config):
     surgery.main(["--expand-from=64", "--new-dim=80", "--init=svd", "--rank=4", "--seed=9"])
     info = json.loads((home / "hybrid_checkpoints/d32_80/config.json").read_text())
-    assert info["config"] == asdict(grown_config(config, 80)) and info["loader"] == {"batches": 3}
+    assert ckpt.config_from_dict("hybrid", info["config"]) == grown_config(config, 80) and info["loader"] == {"batches": 3}
+    assert info["config"].keys() == asdict(grown_config(config, 80)).keys()
     assert info["provenance"]["init"] == {"kind": "svd", "rank": 4, "std": None, "scale": 1.0, "seed": 9}
     assert {"torch", "python", "nanochat"} <= info["provenance"]["versions"].keys()
     assert info["written"]["peak_rss_mb"] > 0 and info["proof"]["level"]["width"] == 64
