@@ -23,7 +23,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import get_rank
@@ -299,6 +298,7 @@ def _free_groups() -> None:
     Frees the groups of ranks before the interpreter ends: threads of gloo's that outlive it make a process crash after its
     work is done. A mesh holds its group, and caches of DTensor's hold the mesh, whatever becomes of the model.
     """
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # not above: it imports triton
     for mesh in _meshes:
         getattr(mesh, "_pg_registry", {}).clear()  # torch's own, of the pinned version
     _clear_sharding_prop_cache()

@@ -68,6 +68,7 @@ def is_export_of(folder, step: int, source: str) -> bool:
 class Teacher(NamedTuple):
     """The model of --teacher, which stays as it is: where its weights are, and its size in the compute dtype."""
     config: GPTConfig
+    info: dict
     file: Path
     bytes: int
 
@@ -81,12 +82,13 @@ class Teacher(NamedTuple):
         if own.sequence_len < config.sequence_len:
             raise ValueError(f"--teacher {path} has a context of {own.sequence_len} tokens, the model one of "
                              f"{config.sequence_len}: name one with as long a context")
-        return Teacher(own, file, sum(p.numel() for p in ckpt.build_model(own, "meta").parameters()) * dtype.itemsize)
+        size = sum(p.numel() for p in ckpt.build_model(own, "meta").parameters()) * dtype.itemsize
+        return Teacher(own, info, file, size)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> GPT:
         """The model, whole on every rank, without gradients."""
         model = ckpt.build_model(self.config, "meta")
-        ckpt.load_state(model, ckpt.load_torch(self.file), self.file, device)
+        ckpt.load_weights(model, ckpt.weights_of(self.info, self.file), self.file, device)
         prepare_inference(model, device.type, dtype)
         return model
 

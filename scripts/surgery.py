@@ -174,6 +174,9 @@ def open_base(args):
     if not src.is_dir():
         raise FileNotFoundError(f"there is no folder {src}: fetch nanochat-d32 with --download, train a base with "
                                 "`python -m scripts.base_train`, or name one, or a repository on the hub, with --src")
+    if not ckpt.list_steps(src) and not (src / "config.json").is_file():
+        raise FileNotFoundError(f"there is no checkpoint in {src}: it must hold nanochat's model_NNNNNN.pt and its "
+                                "meta_NNNNNN.json, which `python -m scripts.base_train` makes and --download fetches")
     config, info, file = ckpt.find(src, args.step, args.vintage)
     if isinstance(config, HybridConfig):
         raise ValueError(f"{src} holds a hybrid model already; insertion starts from a base GPT, and a hybrid is "

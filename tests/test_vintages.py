@@ -7,13 +7,15 @@ from vintage_oracle import CONSTANTS, checkpoint, logits
 
 from nanochat import vintages
 from nanochat.cache import MatryoshkaKVCache
-from nanochat.checkpoint_manager import build_model, load_weights
+from nanochat.checkpoint_manager import build_model, load_weights, save_json, save_torch
 from nanochat.gpt import GPTConfig
 from nanochat.growing import grown_config, next_width, width_step, widths_ahead
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.ordering import cannot_order, order_by_data, order_by_weights, order_state
 from nanochat.streaming import State
+from nanochat.tokenizer import Tokenizer
 from nanochat.weight_files import Weights
+from scripts.fractal_train import Teacher
 
 pytestmark = pytest.mark.usefixtures("same_start")
 CONTEXT = 288  # the shortest in which all windows cut something off: they are 144 and 128
@@ -131,6 +133,21 @@ def test_windows_make_attention_cheaper():
     assert float(each[170]) == pytest.approx(sum(x.flops for x in model.cost(64, 171).values()))
     head = model.cost()["head"].flops
     assert prompt_flops(model, n, [64] * c.n_block) == pytest.approx(float(each.sum()) - n * head)
+
+
+@torch.no_grad()
+def test_a_later_vintage_teaches_as_what_it_is(tmp_path):
+    """--teacher of a base that needs converting: its weights are read as surgery reads them."""
+    text = "".join(chr(97 + i % 26) + chr(97 + i * 7 % 26) + " " for i in range(400))
+    tokenizer = Tokenizer.train_from_iterator([text] * 3, 300)
+    state, fields = checkpoint("F", layers=2)
+    tokenizer.save(tmp_path)
+    save_torch(state, tmp_path / "model_000005.pt")
+    save_json({"model_config": fields}, tmp_path / "meta_000005.json")
+    teacher = Teacher.find(str(tmp_path), GPTConfig(64, 300, 2, 2, 2, 64), tokenizer, torch.float32)
+    ids = torch.randint(300, (60,), generator=torch.Generator().manual_seed(1))
+    got = teacher.load(torch.device("cpu"), torch.float32)(ids[None])[0]
+    assert (got - logits(state, fields, "F", ids)).abs().max() <= 5e-5
 
 
 @pytest.mark.parametrize("width, group, step, ahead", [
