@@ -355,7 +355,7 @@ class GPT(nn.Module):
         if not share or middle is None or (isinstance(exits, int) and exits <= block):
             return x
         if not isinstance(exits, int):
-            middle = middle * (exits > block).to(x.device).unsqueeze(-1)
+            middle = middle * to_device(exits > block, x.device).unsqueeze(-1)
         return x - share * middle
 
     def finish(self, cache) -> torch.Tensor:
