@@ -26,6 +26,7 @@ from nanochat import vintages
 from nanochat.common import atomic_write, fsync_dir, get_base_dir, get_rank, print0, raise_if_full, user_path
 from nanochat.distributed import full_optimizer_state, full_state, local, local_rows
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.huggingface import read as repository
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
 from nanochat.loss_eval import judge_tokenizer
 from nanochat.owner import own
@@ -291,6 +292,8 @@ def weights_file(folder: Path, step: int) -> Path:
 def weights_of(info: dict, file: Path) -> Weights:
     """The weights of what was found, under the names that our models have. ValueError as in `open_weights`."""
     weights = open_weights(file)
+    if info.get("names") == "transformers":
+        return repository.own_names(weights)
     if "kind" in info:
         return weights
     return vintages.convert(weights, info["model_config"], file, info["vintage"]).weights
@@ -379,27 +382,30 @@ class Found(NamedTuple):
 
 def find(path: str | os.PathLike, step: int | None = None, vintage: str | None = None) -> Found:
     """
-    An export (its folder, or the model.pt in it) or a training folder (its newest step, or the one given, or a model_NNNNNN
-    file in it). vintage: see find_step. FileNotFoundError if there is none, ValueError for damaged files and for a folder
-    that holds two models.
+    An export (its folder, or the model.pt in it), one for Hugging Face, or a training folder (its newest step, or the one
+    given, or a model_NNNNNN file in it). vintage: see find_step. FileNotFoundError if there is none, ValueError for damaged
+    files and for a folder that holds two models.
     """
     path = Path(path).expanduser()
     folder = path
     if path.name.endswith(STEP_FILES) and not path.is_dir():
         match = re.fullmatch(rf"model_(\d+)(?:{'|'.join(map(re.escape, STEP_FILES))})", path.name)
-        if not path.is_file() or not (match or path.name == "model.pt"):
+        if not path.is_file() or not (match or path.name in ("model.pt", *repository.WEIGHTS)):
             raise FileNotFoundError(f"there is no checkpoint file {path}: name a folder, its model.pt or a model_NNNNNN.pt")
         folder, step = path.parent, int(match[1]) if match else None
     elif step is None:
         step = _step_of(folder)
     if step is not None:
         return find_step(folder, step, vintage)
-    info = load_json(folder / "config.json")
+    info, file = load_json(folder / "config.json"), folder / "model.pt"
+    if repository.is_repository(info):
+        file = repository.weights_in(folder)
+        info = repository.own_info(info, {kind: list(c.__dataclass_fields__) for kind, (c, _) in _CONFIGS.items()}, folder)
     if not isinstance(info.get("config"), dict):
         raise ValueError(f"config.json in {folder} has no config: write the export again")
     if vintage is not None:
         raise ValueError(f"--vintage {vintage} has no effect on {folder}: this program wrote it")
-    return Found(config_from_dict(info.get("kind"), info["config"]), info, folder / "model.pt")
+    return Found(config_from_dict(info.get("kind"), info["config"]), info, file)
 
 
 def _step_of(folder: Path) -> int | None:

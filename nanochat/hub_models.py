@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from nanochat.checkpoint_manager import STEP_FILES, list_steps
 from nanochat.common import existing_folder, is_full, print0
+from nanochat.huggingface.read import WEIGHTS as EXPORTED
 from nanochat.weight_files import first_line, some
 
 TOKENIZER_FILES = {"tokenizer.pkl", "tokenizer.json", "tokenizer_config.json", "token_bytes.pt", "chat_template.jinja"}
@@ -20,10 +21,28 @@ def is_repo(name: str) -> bool:
     return bool(REPO.fullmatch(name)) and not Path(name).exists()
 
 
+def exported_files(names: list[str], inside: str, repo: str) -> tuple[str, list[str]] | None:
+    """
+    (the folder, the names of the files) of the one model among the names that is in Hugging Face's form, or None. ValueError
+    where there are several to choose from.
+    """
+    paths = [PurePosixPath(name) for name in names]
+    folders = sorted({str(p.parent) for p in paths if p.name in EXPORTED and str(p.with_name("config.json")) in names
+                      and (not inside or str(p.parent) == inside.strip("/"))})
+    if len(folders) > 1:
+        raise ValueError(f"{repo} holds {len(folders)} models, in {some(folders)}: name one, such as {repo}/{folders[-1]}")
+    if not folders:
+        return None
+    return folders[0], [str(p) for p in paths if str(p.parent) == folders[0] and (
+        p.name in TOKENIZER_FILES | {"config.json"} or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
+                                                                    p.name))]
+
+
 def model_files(names: list[str], step: int | None, inside: str, repo: str) -> tuple[str, list[str]]:
     """
     (the folder, the names of the files) of one checkpoint among the names in a repository: of the step given, or else the
-    newest. inside: only in this folder ('': in any). ValueError where there is none, or more than one to choose from.
+    newest; of a repository without any, the model in Hugging Face's form. inside: only in this folder ('': in any).
+    ValueError where there is none, or more than one to choose from.
     """
     found = {}
     for name in names:
@@ -33,6 +52,8 @@ def model_files(names: list[str], step: int | None, inside: str, repo: str) -> t
             found.setdefault(str(path.parent), {})[int(match[1])] = match[1]
     if inside:
         found = {k: v for k, v in found.items() if k == inside.strip("/")}
+    if not found and step is None and (exported := exported_files(names, inside, repo)):
+        return exported
     if not found:
         raise ValueError(f"{repo} has no nanochat checkpoint{f' in {inside}' if inside else ''} (model_NNNNNN.pt with "
                          "meta_NNNNNN.json): check the name")

@@ -95,7 +95,7 @@ def report(found: ckpt.Found, base: Path) -> str:
     """The card's text. ValueError for a result that is not what its script writes."""
     folder = found.file.parent
     name = folder.name
-    fingerprint = ckpt.load_tokenizer(folder, found.config).fingerprint
+    fingerprint = ckpt.load_tokenizer(folder, found.config, found.info).fingerprint
     results = {"Base evaluation": (base / "base_eval" / name / "base_eval.json", of_base_eval, "base_eval"),
                "Chat evaluation": (base / "chat_eval" / name / "chat_eval.json", of_chat_eval, "chat_eval"),
                "Tokenizer": (base / "tok_eval" / f"{fingerprint}.json", of_tok_eval, "tok_eval")}

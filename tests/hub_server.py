@@ -83,7 +83,7 @@ class Hub:
     def api(self, repo, name, what, body):
         if what in (None, "revision"):
             return 200, {"id": name, "sha": self.sha(repo), "private": repo["private"], "tags": [],
-                         "siblings": [{"rfilename": p} for p in repo["files"]]}, {}
+                         "siblings": [{"rfilename": p, "size": len(d)} for p, d in repo["files"].items()]}, {}
         if what == "tree":
             return 200, [{"type": "file", "path": p, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                          for p, data in sorted(repo["files"].items())], {}

@@ -4,7 +4,6 @@ Writes a checkpoint as a Hugging Face repository, shard by shard, so that a mode
 A hybrid, and a base GPT of one of nanochat's later vintages, becomes an AdambaForCausalLM, whose code lies beside the
 weights; a base GPT like nanochat-d32 becomes transformers' own NanoChatForCausalLM.
 """
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,17 +16,17 @@ from safetensors.torch import save_file
 from nanochat.chat import stop_tokens
 from nanochat.checkpoint_manager import save_json
 from nanochat.gpt import GPTConfig
+from nanochat.huggingface.names import nanochat_name
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.streaming import State, shapes_of
 
 SHARD_BYTES = 4_000_000_000  # of one file, which is in memory while it is written
 CODE = ("configuration_adamba.py", "modeling_adamba.py")
+CODE_FOLDER = Path(__file__).parent
 KEPT = ("tag", "proof", "calibration", "val_bpb")  # of what a checkpoint says of itself
 PRIVATE = {"source", "command"}  # in its provenance: folders and file names of the machine that made it
 # What our config and AdambaConfig have alike, or what only our package reads.
 OWN_FIELDS = ("exit_threshold", "expand_threshold", "exit_tau")
-NANOCHAT_NAMES = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj",
-                  "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
 
 class Exported(NamedTuple):
@@ -60,14 +59,6 @@ def nanochat_config(config: GPTConfig) -> dict:
             "max_position_embeddings": config.sequence_len, "rms_norm_eps": config.norm_eps, "attention_bias": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
             "final_logit_softcapping": config.softcap, "tie_word_embeddings": False}
-
-
-def nanochat_name(name: str) -> str:
-    """A base GPT's weight's name in NanoChatForCausalLM."""
-    block = re.fullmatch(r"transformer\.h\.(\d+)\.(\w+\.\w+)\.weight", name)
-    if block:
-        return f"model.layers.{block[1]}.{NANOCHAT_NAMES[block[2]]}.weight"
-    return {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}[name]
 
 
 def is_plain(config: GPTConfig) -> bool:
@@ -123,7 +114,7 @@ def write_repository(folder: Path, model: Exported, dtype: torch.dtype, tokenize
               folder / "generation_config.json")
     if model.remote_code:
         for name in CODE:
-            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+            shutil.copyfile(CODE_FOLDER / name, folder / name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     save_json({**model.config, **ids, "dtype": str(dtype).removeprefix("torch.")}, folder / "config.json")
 
