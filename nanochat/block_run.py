@@ -28,6 +28,7 @@ class BlockRun:
     """
     def __init__(self, model):
         c = self.config = model.config
+        assert not c.later_features, "the compiled run of blocks computes nanochat-d32's architecture"
         self.blocks, self.words, self.found, self.parameters = model.transformer.h, array("q"), {}, []
         self.dtype = self.blocks[0].mlp.c_fc.weight.dtype
         self.able = self.dtype in DTYPES

@@ -50,9 +50,12 @@ class Chunk:
         """`causal`, or None where queries see all, or is_causal says it."""
         return None if self.uniform and (self.T == 1 or self.is_causal) else self.causal()
 
-    def causal(self) -> torch.Tensor:
-        """(1 or B, 1, T, positions) bool: a token sees the positions up to its own."""
-        seen = torch.arange(self.stop, device=self.device) <= self.positions.unsqueeze(-1)
+    def causal(self, window: int | None = None) -> torch.Tensor:
+        """(1 or B, 1, T, positions) bool: a token sees the positions up to its own, at most `window` before it."""
+        keys, own = torch.arange(self.stop, device=self.device), self.positions.unsqueeze(-1)
+        seen = keys <= own
+        if window is not None:
+            seen &= keys >= own.clamp(max=self.stop - 1) - window  # padding too sees something: NaN would spread
         return seen[None, None] if seen.dim() == 2 else seen[:, None]
 
     @cached_property
@@ -118,17 +121,30 @@ class KVView:
             row, t, s = o.slots
             self.k[row, :h, s], self.v[row, :h, s] = k[row, :, t], v[row, :, t]
 
-    def read(self, n_kv: int, n_head: int):
+    def read(self, n_kv: int, n_head: int, window: int | None = None):
         """
         (k, v, mask, is_causal) for the queries of the tokens just written: the first n_kv heads of all positions, and
         mask (1 or B, 1 or n_head, T, positions) bool, None where queries see all, or all up to themselves (is_causal).
+        window: how many positions before its own a query sees (None: all).
         """
         o = self.owner.chunk
         k, v = self.k[:, :n_kv, :o.stop], self.v[:, :n_kv, :o.stop]
+        if window is not None and window < o.stop - 1:
+            return self._read_window(k, v, n_head, window)
         if self.heads is None:
             return k, v, o.mask, o.is_causal
         have = self.heads[:, None, :o.stop] > torch.arange(n_head, device=k.device)[:, None]  # (B, n_head, positions)
         return k, v, have.unsqueeze(2) & o.causal(), False
+
+    def _read_window(self, k: torch.Tensor, v: torch.Tensor, n_head: int, window: int):
+        """`read` of (B, heads, positions, head_dim) where not all queries see all: what none of them sees is cut off."""
+        o = self.owner.chunk
+        first = max(0, min(o.starts) - window)
+        k, v = k[:, :, first:], v[:, :, first:]
+        if self.heads is None:
+            return k, v, None if o.uniform and o.T == 1 else o.causal(window)[..., first:], False
+        have = self.heads[:, None, first:o.stop] > torch.arange(n_head, device=k.device)[:, None]
+        return k, v, have.unsqueeze(2) & o.causal(window)[..., first:], False
 
     def _differ(self) -> None:
         """From here on positions differ in their heads."""
@@ -240,8 +256,10 @@ class MatryoshkaKVCache:
         self.chunk, self.behind = None, [0] * c.n_block
         self._late = []  # (tokens, states, levels) of the last steps, oldest first
         self._prompt = None
-        self._run = None
+        self._run, self._native = None, not c.later_features  # which only the layers' PyTorch forms compute
         self._rope = _tables(length, c.head_dim, c.rope_base, device)
+        # only the smear looks at earlier tokens themselves
+        self.tokens = torch.zeros(batch, length, dtype=torch.int64, device=device) if c.smear_gate else None
         for block in model.transformer.h:
             if block.kind == "attention":
                 shape = (batch, block.attn.n_kv(c.top_width), length, c.head_dim)
@@ -266,6 +284,20 @@ class MatryoshkaKVCache:
                              "give a shorter prompt")
         self.chunk = Chunk(self.pos, T, lengths, self._rope)
 
+    def tokens_before(self, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Of the chunk's tokens idx (B, T), which are remembered: the token before each (B, T), and whether there is one
+        (B, T). By positions, so that it does not matter how a text is cut into chunks, or what was taken back.
+        """
+        o = self.chunk
+        if o.slots is None:
+            self.tokens[:, o.start:o.stop] = idx
+        else:
+            row, t, s = o.slots
+            self.tokens[row, s] = idx[row, t]
+        at = o.positions.expand(idx.shape) - 1
+        return self.tokens.gather(1, at.clamp(0, self.length - 1)), at >= 0
+
     def advance(self) -> None:
         """The announced tokens have been written by every block."""
         self.pos = self.chunk.ends
@@ -279,6 +311,8 @@ class MatryoshkaKVCache:
         return self._compiled(levels) if self.chunk.lengths is None and serves_tokens(idx) else None
 
     def _compiled(self, levels: list) -> BlockRun | None:
+        if not self._native:
+            return None
         if self._run is None:
             self._run = BlockRun.of(self.model)
         return self._run if self._run.takes(self.model.compute_dtype, levels) else None
@@ -318,7 +352,7 @@ class MatryoshkaKVCache:
         tokens and states, if that has changed and there are blocks left.
         """
         self.pos, self.behind = [self.pos[0] + n], behind
-        self._late = [] if late is None else [(*late, levels)]
+        self._late = [] if late is None else [(*late, levels, None)]
         if ran == len(behind):
             self._prompt = None
         elif prompt is not None:
@@ -350,11 +384,14 @@ class MatryoshkaKVCache:
 
     # --- what exited tokens owe
 
-    def defer(self, first: int, idx: torch.Tensor, x: torch.Tensor, levels: list) -> None:
-        """The announced tokens idx (B, T), with states x (B, T, D), owe blocks first, first + 1, ... their memory."""
+    def defer(self, first: int, idx: torch.Tensor, x: torch.Tensor, levels: list, middle: torch.Tensor | None) -> None:
+        """
+        The announced tokens idx (B, T), with states x (B, T, D), owe blocks first, first + 1, ... their memory. middle: what
+        GPT.leaving takes, should they be reopened.
+        """
         if not any(self.behind):
             self._late.clear()
-        self._late.append((idx, x, levels))
+        self._late.append((idx, x, levels, middle))
         for i in range(first, len(self.behind)):
             self.behind[i] += idx.size(1)
 
@@ -399,19 +436,21 @@ class MatryoshkaKVCache:
         self.behind[first:last] = [0] * (last - first)
         self._run_late(Chunk([p - late for p in self.pos], late, None, self._rope), first, last, idx, x, levels, False)
 
-    def reopen(self) -> tuple[int, torch.Tensor, torch.Tensor]:
+    def reopen(self) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
         Announces the deferred tokens once more, which must all have exited at one block, to be updated after all by it and
-        those behind it: that block, the tokens (B, T), and their states (B, T, D).
+        those behind it: that block, the tokens (B, T), their states (B, T, D), and those that `defer` got as `middle`.
         """
         late = max(self.behind)
         first = self.behind.index(late)
         assert late and set(self.behind[first:]) == {late} and not any(self.behind[:first]), "exits at several blocks"
         assert self._prompt is None, "a prompt waits"
         idx, x = self._latest(late)
+        middles = [entry[3] for entry in self._late]
+        middle = None if middles[0] is None else torch.cat(middles, 1)[:, -late:]
         self.chunk = Chunk([p - late for p in self.pos], late, None, self._rope)
         self._forget()
-        return first, idx, x
+        return first, idx, x, middle
 
     def settle(self) -> None:
         """Every block catches up."""
@@ -473,7 +512,10 @@ class MatryoshkaKVCache:
         self._let_go()
         for view in self.views:
             view.keep(rows)
-        self._late = [(idx[rows], x[rows], of_rows(levels)) for idx, x, levels in self._late]
+        self._late = [(idx[rows], x[rows], of_rows(levels), None if middle is None else middle[rows])
+                      for idx, x, levels, middle in self._late]
+        if self.tokens is not None:
+            self.tokens = self.tokens[rows]
         if (p := self._prompt) is not None:
             lengths = [p.lengths[r] for r in rows] if p.lengths else [p.idx.size(1)] * len(rows)
             T = max(lengths)
@@ -488,6 +530,8 @@ class MatryoshkaKVCache:
         self._let_go()
         for mine, its in zip(self.views, other.views):
             mine.append(its)
+        if self.tokens is not None:
+            self.tokens = torch.cat((self.tokens, other.tokens))
         self.pos, self._saved_pos = self.pos + other.pos, None
 
     def _let_go(self) -> None:
@@ -500,4 +544,5 @@ class MatryoshkaKVCache:
         twin.pos, twin._saved_pos = list(self.pos), None
         twin.behind, twin._late, twin._run = list(self.behind), list(self._late), None
         twin.views = [view.clone(twin) for view in self.views]
+        twin.tokens = None if self.tokens is None else self.tokens.clone()
         return twin

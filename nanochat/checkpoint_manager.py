@@ -10,32 +10,35 @@ A step's meta file is written last and marks the checkpoint as whole. Every file
 import contextlib
 import glob
 import hashlib
-import io
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import uuid
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanochat.common import atomic_write, fsync_dir, get_base_dir, get_rank, is_full, print0, raise_if_full, user_path
+from nanochat import vintages
+from nanochat.common import atomic_write, fsync_dir, get_base_dir, get_rank, print0, raise_if_full, user_path
 from nanochat.distributed import full_optimizer_state, full_state, local, local_rows
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hybrid_gpt import HybridConfig, HybridGPT
 from nanochat.owner import own
+from nanochat.weight_files import INDEX, Weights, check_specs, first_line, load_torch, open_weights, some
 
 if TYPE_CHECKING:  # models load without the packages that text needs
     from nanochat.tokenizer import Tokenizer
 
 EXPORT_FILES = {"model.pt", "config.json", "tokenizer", "optim.pt"}
 _CONFIGS = {"gpt": (GPTConfig, GPT), "hybrid": (HybridConfig, HybridGPT)}
+STEP_FILES = (".pt", ".safetensors", INDEX)  # what the name of a step's weights ends in
+# Config fields that came with nanochat's later vintages: a config without them is of a model like d32.
+LATER_FIELDS = {"rope_base", "softcap", "qk_scale", "windows", "x0_lambdas", "smear_gate", "smear_lambda", "backout_lambda",
+                "value_embeds"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,36 +77,6 @@ class _Sink:
         self.f.flush()
 
 
-def load_torch(path: Path, without_data: bool = False):
-    """
-    A memory-mapped torch.load with weights_only=True. FileNotFoundError, or ValueError for a file that is truncated,
-    no checkpoint, or holds more than tensors and plain containers. without_data: its tensors are fake ones, which know
-    their shape, dtype and place in the file (see streaming.open_state); a file larger than memory may not be mapped.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint file {path}")
-    try:
-        str(path).encode()
-        place, mmap = path, True
-    except UnicodeEncodeError:  # torch maps no file whose name is not UTF-8
-        place, mmap = io.BytesIO(Path(path).read_bytes()), False
-    try:
-        if without_data:
-            with FakeTensorMode():
-                return torch.load(place, weights_only=True)
-        return torch.load(place, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as e:
-        raise ValueError(f"{path} is refused: it is damaged or holds more than tensors ({_line(e)}); "
-                         "use a checkpoint from a source you trust") from e
-    except Exception as e:  # damaged bytes end in almost any exception class
-        raise ValueError(f"{path} is truncated or no checkpoint ({_line(e)}): "
-                         "copy or download it again, or go back to an earlier one") from e
-
-
-def _line(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0][:120]
-
-
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as f:
@@ -127,7 +100,7 @@ def load_json(path: Path) -> dict:
     try:
         obj = json.loads(path.read_text())
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is no valid JSON ({_line(e)}): copy or write the checkpoint again") from e
+        raise ValueError(f"{path} is no valid JSON ({first_line(e)}): copy or write the checkpoint again") from e
     if not isinstance(obj, dict):
         raise ValueError(f"{path} holds no JSON object: copy or write the checkpoint again")
     return obj
@@ -147,57 +120,66 @@ def config_from_dict(kind: str, fields: dict) -> GPTConfig:
     known = cls.__dataclass_fields__
     if unknown := sorted(set(fields) - set(known)):
         raise ValueError(f"the checkpoint's config has fields this version does not support: {', '.join(unknown)}")
-    if missing := sorted(set(known) - set(fields)):
+    if missing := sorted(set(known) - set(fields) - LATER_FIELDS):  # an earlier version wrote it, of a model like d32
         raise ValueError(f"the checkpoint's config lacks {', '.join(missing)}")
-    for name, value in fields.items():
-        real = known[name].type is float
-        if isinstance(value, bool) or not isinstance(value, (int, float) if real else int) or not math.isfinite(value):
-            raise ValueError(f"{name} in the checkpoint's config is {value!r}; it must be a "
-                             f"{'finite' if real else 'whole'} number")
-    return cls(**fields)
+    return cls(**{name: _checked(name, known[name].type, value) for name, value in fields.items()})
+
+
+def _checked(name: str, kind, value):
+    """A config field's value, as JSON gives it, if it is of its kind. ValueError otherwise."""
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} in the checkpoint's config is {value!r}; it must be true or false")
+        return value
+    if kind not in (int, float):  # a tuple of one of them
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} in the checkpoint's config is {value!r}; it must be a list of numbers")
+        return tuple(_checked(name, get_args(kind)[0], v) for v in value)
+    real = kind is float
+    if isinstance(value, bool) or not isinstance(value, (int, float) if real else int) or not math.isfinite(value):
+        raise ValueError(f"{name} in the checkpoint's config is {value!r}; it must be a "
+                         f"{'finite' if real else 'whole'} number")
+    return value
 
 
 def check_state(own: dict, state: dict, where) -> dict:
     """
-    `state` without torch.compile's `_orig_mod.` prefixes, once its names and shapes are those of `own` (a model's state
-    dict, on any device). ValueError that names keys missing, extra or mis-shaped.
+    `state` without the prefixes of torch.compile and DistributedDataParallel, once its names and shapes are those of `own`
+    (a model's state dict, on any device). ValueError that names keys missing, extra or mis-shaped.
     """
-    if not isinstance(state, dict) or not all(
-            isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided and v.is_floating_point()
-            for k, v in state.items()):
-        raise ValueError(f"{where} is no state dict: it must map names to dense tensors of real numbers")
-    state = {k.removeprefix("_orig_mod."): v for k, v in state.items()}
+    state = check_specs(state, where)
     faults = []
     if missing := [k for k in own if k not in state]:
-        faults.append(f"missing {_some(missing)}")
+        faults.append(f"missing {some(missing)}")
     if extra := [k for k in state if k not in own]:
-        faults.append(f"unexpected {_some(extra)}")
+        faults.append(f"unexpected {some(extra)}")
     if bad := [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
                for k in own if k in state and state[k].shape != own[k].shape]:
-        faults.append(f"of another shape {_some(bad)}")
+        faults.append(f"of another shape {some(bad)}")
     if faults:
         raise ValueError(f"{where} does not fit the model of its config: {'; '.join(faults)}. "
                          "Use the checkpoint with the config it was saved with")
     return state
 
 
-def load_state(model: torch.nn.Module, state: dict, where, device=None) -> None:
+def load_weights(model: torch.nn.Module, weights: Weights, where, device=None) -> None:
     """
-    Loads a state dict in place, in the parameters' own dtypes. ValueError where check_state finds faults; then nothing has
-    been loaded. With `device` a model on the meta device is materialised there first, but only once the state is known to
-    fit: a hostile config allocates nothing.
+    Loads weights in place, one after the other, in the parameters' own dtypes. ValueError where check_state finds faults;
+    then nothing has been loaded. With `device` a model on the meta device is materialised there first, but only once the
+    weights are known to fit: a hostile config allocates nothing.
     """
     own = model.state_dict()
-    state = check_state(own, state, where)
+    check_state(own, weights.specs, where)
     if device is not None:
         own = model.to_empty(device=device).state_dict()
     with torch.no_grad():
         for k, p in own.items():
-            p.copy_(state[k])
+            p.copy_(weights.read(k))
 
 
-def _some(names: list[str], n: int = 5) -> str:
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+def load_state(model: torch.nn.Module, state: dict, where, device=None) -> None:
+    """`load_weights` of a state dict in memory."""
+    load_weights(model, Weights.of(state, where), where, device)
 
 
 def build_model(config: GPTConfig, device="cpu") -> GPT:
@@ -238,7 +220,7 @@ def save_step(folder: Path, step: int, model: GPT, optimizers: list, meta: dict)
 def list_steps(folder: Path) -> list[int]:
     """Steps that have a whole checkpoint in `folder`, ascending."""
     steps = [int(m[1]) for p in Path(folder).glob("meta_*.json") if (m := re.fullmatch(r"meta_(\d+)\.json", p.name))]
-    return sorted(s for s in steps if (Path(folder) / f"model_{s:06d}.pt").is_file())
+    return sorted(s for s in steps if weights_file(folder, s).is_file())
 
 
 def remove_leftovers(folder: Path, everything: bool = False) -> None:
@@ -265,20 +247,42 @@ def last_step(folder: Path) -> int:
     return steps[-1]
 
 
-def find_step(folder: Path, step: int) -> "Found":
-    """One step's config, meta and file. nanochat's own files, whose meta has no 'kind', are base GPTs."""
+def find_step(folder: Path, step: int, vintage: str | None = None) -> "Found":
+    """
+    One step's config, meta and file. nanochat's own files, whose meta has no 'kind', are base GPTs of a vintage that is told
+    from the weights, or given by its letter where the user knows better; the meta then has it under 'vintage'.
+    """
     meta = load_json(Path(folder) / f"meta_{step:06d}.json")
     if not isinstance(meta.get("model_config"), dict):
         raise ValueError(f"meta_{step:06d}.json in {folder} has no model_config: it is no nanochat checkpoint")
-    return Found(config_from_dict(meta.get("kind", "gpt"), meta["model_config"]), meta,
-                 Path(folder) / f"model_{step:06d}.pt")
+    file = weights_file(folder, step)
+    if "kind" in meta:
+        if vintage is not None:
+            raise ValueError(f"--vintage {vintage} has no effect on {file}: this program wrote it")
+        return Found(config_from_dict(meta["kind"], meta["model_config"]), meta, file)
+    base = vintages.convert(open_weights(file), meta["model_config"], file, vintage)
+    return Found(base.config, {**meta, "vintage": base.vintage.name, "vintage_notes": base.notes}, file)
+
+
+def weights_file(folder: Path, step: int) -> Path:
+    """The file of a step's weights: of torch.save, or else of safetensors."""
+    names = [f"model_{step:06d}{end}" for end in STEP_FILES]
+    return next((path for name in names if (path := Path(folder) / name).is_file()), Path(folder) / names[0])
+
+
+def weights_of(info: dict, file: Path) -> Weights:
+    """The weights of what was found, under the names that our models have. ValueError as in `open_weights`."""
+    weights = open_weights(file)
+    if "kind" in info:
+        return weights
+    return vintages.convert(weights, info["model_config"], file, info["vintage"]).weights
 
 
 def load_step(folder: Path, step: int, device="cpu") -> tuple[GPT, dict]:
     """(model with its weights, meta) of one step."""
     config, meta, file = find_step(folder, step)
     model = build_model(config, "meta")
-    load_state(model, load_torch(file), file, device)
+    load_weights(model, weights_of(meta, file), file, device)
     return model, meta
 
 
@@ -302,7 +306,7 @@ def carry_optimizers(path: Path, optimizers: list) -> int:
         for state in load_torch(path):
             saved |= {name: state["state"][i] for i, name in optimizer_names(state).items() if i in state["state"]}
     except (KeyError, TypeError, IndexError) as e:
-        raise ValueError(f"{path} holds no optimizers' states ({_line(e)}): remove it to start with fresh ones") from e
+        raise ValueError(f"{path} holds no optimizers' states ({first_line(e)}): remove it to start with fresh ones") from e
     carried = 0
     for opt in optimizers:
         for group in opt.param_groups:
@@ -354,29 +358,58 @@ class Found(NamedTuple):
     file: Path
 
 
-def find(path: str | os.PathLike) -> Found:
+def find(path: str | os.PathLike, step: int | None = None, vintage: str | None = None) -> Found:
     """
-    An export (its folder, or the model.pt in it) or a training folder (its newest step, or a model_NNNNNN.pt in it).
-    FileNotFoundError if there is none, ValueError for damaged files.
+    An export (its folder, or the model.pt in it) or a training folder (its newest step, or the one given, or a model_NNNNNN
+    file in it). vintage: see find_step. FileNotFoundError if there is none, ValueError for damaged files and for a folder
+    that holds two models.
     """
     path = Path(path).expanduser()
-    folder, step = path, None
-    if path.suffix == ".pt":
-        folder, match = path.parent, re.fullmatch(r"model_(\d+)\.pt", path.name)
+    folder = path
+    if path.name.endswith(STEP_FILES) and not path.is_dir():
+        match = re.fullmatch(rf"model_(\d+)(?:{'|'.join(map(re.escape, STEP_FILES))})", path.name)
         if not path.is_file() or not (match or path.name == "model.pt"):
             raise FileNotFoundError(f"there is no checkpoint file {path}: name a folder, its model.pt or a model_NNNNNN.pt")
-        step = int(match[1]) if match else None
-    elif not (folder / "config.json").is_file():
-        if not list_steps(folder):
-            raise FileNotFoundError(f"there is no model in {folder}: run `python -m scripts.surgery` or "
-                                    "`python -m scripts.fractal_train` first, or name another folder")
-        step = last_step(folder)
+        folder, step = path.parent, int(match[1]) if match else None
+    elif step is None:
+        step = _step_of(folder)
     if step is not None:
-        return find_step(folder, step)
+        return find_step(folder, step, vintage)
     info = load_json(folder / "config.json")
     if not isinstance(info.get("config"), dict):
         raise ValueError(f"config.json in {folder} has no config: write the export again")
+    if vintage is not None:
+        raise ValueError(f"--vintage {vintage} has no effect on {folder}: this program wrote it")
     return Found(config_from_dict(info.get("kind"), info["config"]), info, folder / "model.pt")
+
+
+def _step_of(folder: Path) -> int | None:
+    """
+    The newest step of a training folder, or None of an export. A folder of nanochat's may hold the config.json of another
+    program, too. ValueError where the folder holds two models.
+    """
+    steps, export = list_steps(folder), (folder / "config.json").is_file()
+    if export and steps:
+        with contextlib.suppress(ValueError):
+            export = "kind" in load_json(folder / "config.json")
+        if export and (folder / "model.pt").is_file():
+            raise ValueError(f"{folder} holds two models, model.pt and {weights_file(folder, steps[-1]).name}: name the "
+                             "file")
+        return steps[-1]
+    if not export and not steps:
+        raise FileNotFoundError(f"there is no model in {folder}: run `python -m scripts.surgery` or "
+                                "`python -m scripts.fractal_train` first, or name another folder")
+    if len(steps) > 1:
+        refuse_two_models(folder, steps)
+    return steps[-1] if steps else None
+
+
+def refuse_two_models(folder: Path, steps: list[int]) -> None:
+    """ValueError where the newest steps of a folder are not of one model: their meta files tell of other shapes."""
+    old, new = (load_json(folder / f"meta_{step:06d}.json").get("model_config") for step in steps[-2:])
+    if old != new:
+        raise ValueError(f"{folder} holds two models (steps {steps[-2]} and {steps[-1]} differ in their model_config): say "
+                         f"which with --step, or name the file, such as {weights_file(folder, steps[-1])}")
 
 
 # What nanochat calls a model's source, and ours: the folder under NANOCHAT_BASE_DIR that holds it.
@@ -438,7 +471,7 @@ def load(path: str | os.PathLike, device="cpu") -> Loaded:
     """The model that `find` finds, with its tokenizer. ValueError also for a tokenizer of another size."""
     config, info, file = find(path)
     model = build_model(config, "meta")
-    load_state(model, load_torch(file), file, device)
+    load_weights(model, weights_of(info, file), file, device)
     return Loaded(model, load_tokenizer(file.parent, config), info, file)
 
 
@@ -475,29 +508,6 @@ def replace_folder(folder: Path):
             os.rename(old, folder)
         raise_if_full(e, folder)
         raise
-
-
-def download(repo: str, folder: Path) -> None:
-    """
-    Fetches a nanochat checkpoint's files from the hub into `folder`, or what is missing of them. ConnectionError without
-    network, ValueError for a repository that is not there.
-    """
-    import huggingface_hub
-    from huggingface_hub.errors import RepositoryNotFoundError
-    try:
-        huggingface_hub.snapshot_download(repo, local_dir=folder, allow_patterns=[
-            "model_*.pt", "meta_*.json", "tokenizer.pkl", "tokenizer.json", "token_bytes.pt", "tokenizer/*"])
-    except RepositoryNotFoundError as e:
-        raise ValueError(f"{repo} is not on the hub, or you may not read it (`hf auth login`): check the name") from e
-    except Exception as e:  # the hub's client lets several libraries' exceptions through
-        if is_full(e):
-            raise OSError(e.errno, f"no room left to download {repo} into {folder}: free some disk space and run the same "
-                                   "command again") from e
-        raise ConnectionError(f"{repo} could not be fetched ({_line(e)}): check the network and run the same command again "
-                              f"(what came is kept), or put its files into {folder} yourself") from e
-    if not list_steps(folder):  # without network the client is content with whatever the folder holds
-        raise ConnectionError(f"{repo} could not be fetched whole into {folder}: check the network and run the same command "
-                              "again, or put its files there yourself")
 
 
 def load_tokenizer(folder: Path, config: GPTConfig) -> "Tokenizer":

@@ -216,6 +216,13 @@ def raise_if_full(e: BaseException, path: Path) -> None:
                                "run the same command again") from e
 
 
+def existing_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists: where its disk can be asked for room."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def fsync_dir(path: str | os.PathLike) -> None:
     """Makes a rename inside the folder `path` survive a power cut. Windows opens no folder, and needs it less."""
     if WINDOWS:

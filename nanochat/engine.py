@@ -20,7 +20,7 @@ import torch
 
 from nanochat.cache import MatryoshkaKVCache
 from nanochat.chat import stop_tokens
-from nanochat.common import get_compute_dtype
+from nanochat.common import get_compute_dtype, print0
 from nanochat.confidence_probe import Controls, check_trained, pad
 from nanochat.hybrid_gpt import stays_fp32
 from nanochat.mamba_block import announce_form
@@ -50,6 +50,9 @@ def prepare_inference(model, device_type: str, dtype: torch.dtype | None = None)
     model.to(device_type).eval()
     if torch.device(device_type).type == "cpu":
         library()  # compiled now, if it ever is, and not within the first answer
+        if later := model.config.later_features:
+            print0(f"CPU decoding goes layer by layer, which is slower: this model has {', '.join(later)}, and the native "
+                   "run of blocks has none of these")
 
 
 @dataclass(frozen=True)

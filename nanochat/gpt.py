@@ -1,36 +1,54 @@
 """
 The base GPT, in the architecture of nanochat-d32: rotary positions, QK-norm, relu^2 MLP, untied head, a norm without
-parameters also after the embedding, logits softly capped at 15. Its blocks are the elastic ones of matryoshka.py, so
-it runs at any nested width, and the hybrid (hybrid_gpt.py) is this class with Mamba blocks put between.
+parameters also after the embedding, logits softly capped at 15. What later nanochats compute differently are fields of the
+config, each with d32's value as its default. Its blocks are the elastic ones of matryoshka.py, so it runs at any nested
+width, and the hybrid (hybrid_gpt.py) is this class with Mamba blocks put between.
 """
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from nanochat.loss_eval import head_logits, head_loss
-from nanochat.matryoshka import AttentionBlock, Cost, block_cost, mode_levels, norm, resolve_level, rope_tables
+from nanochat.matryoshka import AttentionBlock, Cost, add_prefix, block_cost, mode_levels, norm, resolve_level, rope_tables
+
+MAX_SOFTCAP = 60  # the head's loss sums exp(logit) in fp32 without subtracting a maximum
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The fields of nanochat's `model_config`; all else is a constant of this architecture or derived."""
+    """
+    The fields of nanochat's `model_config`, then what later nanochats changed (docs/checkpoints.md), with d32's values as
+    defaults. Layers are the base's, whatever stands between them.
+    qk_scale: q and k are multiplied by it after QK-norm. windows: per layer, how many keys before its own a token sees (0:
+    all); () for all layers whole. x0_lambdas: per layer, how much of the token's first state is added to its state before
+    the layer. smear_gate and smear_lambda: the first state gets smear_lambda * sigmoid(smear_gate . x[:24]) times that of
+    the token before. backout_lambda: how much of the state in the middle is taken away before the head. value_embeds: the
+    base has value embeddings (a hybrid always has; then they are old, and stage 1 of training keeps them).
+    """
     sequence_len: int = 2048
     vocab_size: int = 65536
     n_layer: int = 32
     n_head: int = 16
     n_kv_head: int = 16
     n_embd: int = 2048
+    rope_base: float = 10000.0
+    softcap: float = 15.0
+    qk_scale: float = 1.0
+    windows: tuple[int, ...] = ()
+    x0_lambdas: tuple[float, ...] = ()
+    smear_gate: tuple[float, ...] = ()
+    smear_lambda: float = 0.0
+    backout_lambda: float = 0.0
+    value_embeds: bool = False
 
-    # Not fields: what every nanochat-d32 vintage model has. Changing one changes the function of old checkpoints.
-    rope_base = 10000.0
-    softcap = 15.0
-    norm_eps = 2.0 ** -23  # that of torch's rms_norm in fp32
+    norm_eps = 2.0 ** -23  # not a field: that of torch's rms_norm in fp32, the same in every nanochat
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if isinstance(value, int) and value < 1:
+            if type(value) is int and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"width {self.n_embd} is no multiple of the {self.n_head} heads: "
@@ -39,6 +57,54 @@ class GPTConfig:
             raise ValueError(f"head dim {self.head_dim} is odd, and rotary positions need pairs: choose an even one")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_head} heads cannot share {self.n_kv_head} key/value heads evenly")
+        self._check_later()
+
+    def _check_later(self):
+        """ValueError for values of the later nanochats' fields that no model can have."""
+        for name in ("rope_base", "softcap", "qk_scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.softcap > MAX_SOFTCAP:
+            raise ValueError(f"softcap is {self.softcap}; it must be at most {MAX_SOFTCAP}, or the softmax overflows")
+        for name in ("windows", "x0_lambdas"):
+            if len(getattr(self, name)) not in (0, self.n_layer):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries; it must have one for each of the "
+                                 f"{self.n_layer} layers, or none")
+        if min(self.windows, default=0) < 0:
+            raise ValueError(f"a window is {min(self.windows)}; it must be at least 0 (0: all keys)")
+        if len(self.smear_gate) > self.n_embd:
+            raise ValueError(f"smear_gate has {len(self.smear_gate)} entries, more than the width {self.n_embd}")
+
+    @cached_property
+    def later_features(self) -> list[str]:
+        """What this model has that nanochat-d32 has not and that only the PyTorch forms of the layers compute, in words."""
+        has = {"a factor on q and k": self.qk_scale != 1, "attention windows": any(self.windows),
+               "x0 lambdas": any(self.x0_lambdas), "smear": bool(self.smear_gate), "backout": self.backout_lambda != 0}
+        return [name for name, present in has.items() if present]
+
+    def window_of(self, layer: int) -> int | None:
+        """How many keys before its own a token of this layer sees; None where that is all there can be."""
+        window = self.windows[layer] if self.windows else 0
+        return window if 0 < window < self.sequence_len - 1 else None
+
+    @cached_property
+    def x0_factors(self) -> tuple[float, ...]:
+        """Per block, how much of a token's first state is added before it; () where that is 0 for all."""
+        per_layer = self.n_block // self.n_layer
+        factors = [0.0] * self.n_block
+        factors[::per_layer] = self.x0_lambdas or [0.0] * self.n_layer
+        return tuple(factors) if any(factors) else ()
+
+    def has_value_table(self, layer: int) -> bool:
+        """Whether a model with value embeddings has some in this layer: in every second, and in the last."""
+        return (self.n_layer - 1 - layer) % 2 == 0
+
+    @property
+    def backout_block(self) -> int:
+        """After how many blocks the state is kept that backout takes away; beyond the last block where there is none."""
+        if not self.backout_lambda:
+            return self.n_block + 1
+        return self.n_block // self.n_layer * min(self.n_layer // 2 + 1, self.n_layer)
 
     @property
     def head_dim(self) -> int:
@@ -132,15 +198,25 @@ class GPT(nn.Module):
         })
         assert len(self.transformer.h) == config.n_block
         self.lm_head = Head(config)
+        if config.value_embeds:
+            self.value_embeds = self._make_value_embeds()
 
     def _make_blocks(self, config):
-        return [AttentionBlock(config, value_embedding=False) for _ in range(config.n_layer)]
+        return [AttentionBlock(config, config.value_embeds and config.has_value_table(i), config.window_of(i))
+                for i in range(config.n_layer)]
+
+    def _make_value_embeds(self) -> nn.ModuleDict:
+        """Block's number -> table, of every block that has value embeddings."""
+        return nn.ModuleDict({str(i): nn.Embedding(self.config.vocab_size, block.attn.c_v.out_features)
+                              for i, block in enumerate(self.transformer.h)
+                              if block.kind == "attention" and block.attn.ve_gate is not None})
 
     @torch.no_grad()
     def init_weights(self):
         """
         nanochat's initialisation: embedding N(0, 1); matrices that read the residual stream uniform with standard
-        deviation n_embd^-0.5; those that write to it zero, so that every block starts as the identity; head N(0, 0.001^2).
+        deviation n_embd^-0.5; those that write to it zero, so that every block starts as the identity; head N(0, 0.001^2);
+        value embeddings zero.
         """
         nn.init.normal_(self.transformer.wte.weight)
         nn.init.normal_(self.lm_head.weight, std=0.001)
@@ -152,6 +228,8 @@ class GPT(nn.Module):
                         nn.init.zeros_(p)
                     else:
                         nn.init.uniform_(p, -bound, bound)
+        for table in getattr(self, "value_embeds", {}).values():
+            nn.init.zeros_(table.weight)
 
     @property
     def device(self) -> torch.device:
@@ -195,10 +273,10 @@ class GPT(nn.Module):
         cache: continue from it, and advance it by T tokens, or by lengths[r] in row r, whose other tokens are padding;
         without one, a sequence starts at position 0.
         control: decides on the way. At every exit point that some token reaches, control(i, x, exits, levels) sees the
-        state x (B, T, D) behind i blocks and returns exits (B, T) and the levels of all blocks, changed only from i on. A
-        control with a `bar` (see Controls) is not asked where a single token's gate leaves it nothing to decide, and is told
-        the gate's answer otherwise; its exits may be a number. resume: of a single token, what BlockRun.greedy has left
-        undecided. ValueError for a cache of another number of rows.
+        states x (B, T, D) that the head would get after i blocks, not normed yet (see `leaving`), and returns exits (B, T)
+        and the levels of all blocks, changed only from i on. A control with a `bar` (see Controls) is not asked where a
+        single token's gate leaves it nothing to decide, and is told the gate's answer otherwise; its exits may be a number.
+        resume: of a single token, what BlockRun.greedy has left undecided. ValueError for a cache of another number of rows.
         """
         c, (B, T) = self.config, idx.shape
         if cache is not None:
@@ -224,13 +302,15 @@ class GPT(nn.Module):
         first, deepest = ends()
         if first < 1 or not (isinstance(exits, int) or exits.shape == idx.shape):
             raise ValueError(f"exits must be a number, or (rows, tokens) = ({B}, {T}), and at least 1")
-        levels, x = self.resolve_widths(widths), None
+        levels, x, middle = self.resolve_widths(widths), None, None
         i, sure, going = 0, (), -1  # the gate's answer, where it is known; the exit point where the token is known to go on
         if resume is not None:
             i, x, *sure = resume
         while i < c.n_block:
+            if i == c.backout_block:
+                middle = x
             if control is not None and i in c.exit_points and i < deepest and i != going:
-                exits, levels = control(i, x, exits, levels, *sure)
+                exits, levels = control(i, self.leaving(x, middle, i), exits, levels, *sure)
                 sure = ()
                 first, deepest = ends()
             active, stop = None, i + 1
@@ -238,7 +318,7 @@ class GPT(nn.Module):
                 if cache is None:
                     break  # nobody is left to be updated, and there is no memory to write
                 if lengths is None:
-                    cache.defer(i, idx, x, levels)
+                    cache.defer(i, idx, x, levels, middle)
                     break
                 active = False
             elif i >= first:
@@ -253,11 +333,26 @@ class GPT(nn.Module):
                 continue
             else:
                 stop = min(first, c.n_block if control is None else next_point(i))
+                if i < c.backout_block:
+                    stop = min(stop, c.backout_block)
             x = self.run(i, stop, idx, x, levels, rope, cache, active)
             i = stop
         if cache is not None:
             cache.advance()
-        return norm(x, c.d_ref, c.norm_eps)
+        return norm(self.leaving(x, middle, exits), c.d_ref, c.norm_eps)
+
+    def leaving(self, x: torch.Tensor, middle: torch.Tensor | None, exits: torch.Tensor | int) -> torch.Tensor:
+        """
+        What the final norm gets of states x (B, T, D) of tokens that leave after `exits` blocks, (B, T) or a number for all.
+        middle: their states after backout_block blocks, of which those that went further take their share away. The others'
+        state would be that in the middle, and to take a share of 1 or more away would turn it round.
+        """
+        share, block = self.config.backout_lambda, self.config.backout_block
+        if not share or middle is None or (isinstance(exits, int) and exits <= block):
+            return x
+        if not isinstance(exits, int):
+            middle = middle * (exits > block).to(x.device).unsqueeze(-1)
+        return x - share * middle
 
     def finish(self, cache) -> torch.Tensor:
         """
@@ -265,9 +360,13 @@ class GPT(nn.Module):
         at full width, in one pass -> their normed final hidden states (B, T, D). They must have exited at one block.
         """
         c = self.config
-        first, idx, x = cache.reopen()
-        x = self.run(first, c.n_block, idx, x, [c.top_width] * c.n_block, None, cache)
-        return norm(x, c.d_ref, c.norm_eps)
+        first, idx, x, middle = cache.reopen()
+        levels = [c.top_width] * c.n_block
+        if first <= c.backout_block < c.n_block:
+            x = middle = self.run(first, c.backout_block, idx, x, levels, None, cache)
+            first = c.backout_block
+        x = self.run(first, c.n_block, idx, x, levels, None, cache)
+        return norm(self.leaving(x, middle, c.n_block), c.d_ref, c.norm_eps)
 
     def run(self, first: int, last: int, idx, x, levels: list, rope, cache=None, active=None) -> torch.Tensor:
         """
@@ -285,14 +384,40 @@ class GPT(nn.Module):
             if not isinstance(active, torch.Tensor) and (run := cache.compiled_run(idx, levels[first:last])):
                 return run(first, last, idx, x, levels, cache, write_only=active is False)
             rope = cache.chunk.rope
+        start, x0_factors = None, self.config.x0_factors
         if first == 0:
-            x = norm(self.embed(self.transformer.wte, idx), self.config.d_ref, self.config.norm_eps)
+            x = start = self.first_state(idx, cache)
+        elif x0_factors and active is not False:
+            start = self.first_state(idx, cache)
         for i, block in enumerate(self.transformer.h[first:last], first):
             level = levels[i]
             if isinstance(level, torch.Tensor) and not level.is_floating_point():
                 level = int(level) if idx.numel() == 1 else level.expand(idx.shape)
+            if x0_factors and x0_factors[i] and active is not False:
+                x = add_prefix(x, x0_factors[i] * start, active)
             x = block(x, level, rope, self.value(i, idx), None if cache is None else cache[i], active)
         return x
+
+    def first_state(self, idx: torch.Tensor, cache=None) -> torch.Tensor:
+        """
+        The states (B, T, D) of tokens idx (B, T) before the first block: their normed embeddings, each with its share of the
+        one before (smear), at position 0 alone. cache: as in `run`; it knows the tokens before these.
+        """
+        c = self.config
+        x = self.normed_embedding(idx)
+        if not c.smear_gate:
+            return x
+        if cache is None:
+            before = F.pad(x[:, :-1], (0, 0, 1, 0))
+        else:
+            ids, there = cache.tokens_before(idx)
+            before = self.normed_embedding(ids) * there.unsqueeze(-1)
+        gate = c.smear_lambda * torch.sigmoid(x[..., :len(c.smear_gate)] @ _vector(c.smear_gate, x.dtype, x.device))
+        return x + gate.unsqueeze(-1) * before
+
+    def normed_embedding(self, idx: torch.Tensor) -> torch.Tensor:
+        """(B, T, D), of tokens idx (B, T)."""
+        return norm(self.embed(self.transformer.wte, idx), self.config.d_ref, self.config.norm_eps)
 
     def embed(self, table: nn.Embedding, idx: torch.Tensor) -> torch.Tensor:
         return table(idx).to(self.compute_dtype)
@@ -303,8 +428,9 @@ class GPT(nn.Module):
         return None if table is None else self.embed(table, idx)
 
     def value_table(self, i: int) -> nn.Embedding | None:
-        """Block i's value embeddings: the base has none."""
-        return None
+        """Block i's value embeddings, or None where it has none."""
+        tables, key = self._modules.get("value_embeds"), str(i)
+        return tables[key] if tables is not None and key in tables else None
 
     def forward(self, idx, targets=None, widths=None, exits=None, cache=None, lengths=None, control=None, teacher=None,
                 reduction="mean", text=0.0, teacher_head=None):
@@ -340,5 +466,14 @@ class GPT(nn.Module):
     def num_params(self) -> dict[str, int]:
         """Parameters by part, counted from the modules."""
         parts = {"embedding": self.transformer.wte, "lm_head": self.lm_head, "blocks": self.transformer.h}
+        if self.config.value_embeds:
+            parts["value_embeds"] = self.value_embeds
         counts = {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()}
         return counts | {"total": sum(p.numel() for p in self.parameters())}
+
+
+@lru_cache(8)
+def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """These numbers as a tensor, which is made once."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)

@@ -60,7 +60,7 @@ def grown_config(config: HybridConfig, width: int) -> HybridConfig:
                          f"of {config.n_embd}): grow the model that it was extracted from")
     per_head = config.head_dim * (config.n_head // config.n_kv_head)
     group = config.mamba_group_width // math.gcd(config.mamba_group_width, config.mamba_expand)
-    step = math.lcm(per_head, group)
+    step = width_step(config)
     if width <= config.n_embd:
         raise ValueError(f"--new-dim {width} is not above the present width {config.n_embd}: surgery only widens; "
                          "a narrower model is made by `python -m scripts.extract`")
@@ -72,6 +72,30 @@ def grown_config(config: HybridConfig, width: int) -> HybridConfig:
     n_head = width // config.head_dim
     return replace(config, n_embd=width, top_width=width, n_head=n_head,
                    n_kv_head=n_head * config.n_kv_head // config.n_head)
+
+
+def width_step(config: HybridConfig) -> int:
+    """Widths come in multiples of it: whole heads, whole groups of them that share a kv head, and whole Mamba groups."""
+    per_head = config.head_dim * (config.n_head // config.n_kv_head)
+    return math.lcm(per_head, config.mamba_group_width // math.gcd(config.mamba_group_width, config.mamba_expand))
+
+
+def widths_ahead(config: HybridConfig) -> list[int]:
+    """
+    The widths of stages 2 and 3 that are still ahead: the possible width nearest to 1.25 times that of the base, and twice
+    that of the base.
+    """
+    step, base = width_step(config), config.d_ref
+    first = max(base + step, round(1.25 * base / step) * step)
+    return [w for w in sorted({first, -(-2 * base // step) * step}) if w > config.n_embd]
+
+
+def next_width(config: HybridConfig) -> int:
+    """The width that a hybrid grows to where none is given. ValueError for one that has grown to twice its base's."""
+    ahead = widths_ahead(config)
+    if not ahead:
+        raise ValueError(f"width {config.n_embd} is twice the base's or more already: say how wide with --new-dim")
+    return ahead[0]
 
 
 def segments(name: str, shape: torch.Size, c: HybridConfig) -> list[list[int]]:

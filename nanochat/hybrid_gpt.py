@@ -79,10 +79,14 @@ class HybridConfig(GPTConfig):
     @classmethod
     def from_base(cls, base: GPTConfig) -> "HybridConfig":
         """
-        The hybrid of a base GPT. For width 2048: SSM heads of 64, 8 groups of 768, state 128 (DESIGN 4). Smaller
-        widths take the most groups, up to 8, that whole SSM heads allow, and below 1024 a state of 64.
+        The hybrid of a base GPT. For width 2048: SSM heads of 64, 8 groups of 768, state 128 (DESIGN 4). Other bases
+        whose heads are multiples of 64 wide, as all of nanochat's: a group for each head, so that growth goes by heads.
+        Others take the most groups, up to 8, that whole SSM heads allow. Below 1024 the state is 64.
         """
         d_inner = cls.mamba_expand * base.n_embd
+        if base.head_dim % 64 == 0 and base.n_embd != 2048:
+            return cls(**asdict(base), d_ref=base.n_embd, top_width=base.n_embd, mamba_headdim=64,
+                       mamba_d_state=128 if base.n_embd >= 1024 else 64, mamba_group_width=cls.mamba_expand * base.head_dim)
         for headdim in (64, 32, 16):
             for ngroups in (8, 4, 2, 1):
                 if d_inner % (ngroups * headdim) == 0:
@@ -123,14 +127,13 @@ class HybridGPT(GPT):
         super().__init__(config)
         self.gate = ConfidenceGate(config.n_embd, len(config.exit_points))
         self.predictor = LayerDimPredictor(config.n_embd, config.n_block, len(config.levels))
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, block.attn.c_v.out_features)
-                                           for i, block in enumerate(self.transformer.h)
-                                           if block.kind == "attention" and block.attn.ve_gate is not None})
+        if not config.value_embeds:  # the base had none, and GPT has made none
+            self.value_embeds = self._make_value_embeds()
 
     def _make_blocks(self, config):
         blocks = []
         for i in range(config.n_layer):
-            blocks += [AttentionBlock(config, value_embedding=(config.n_layer - 1 - i) % 2 == 0), MambaBlock(config)]
+            blocks += [AttentionBlock(config, config.has_value_table(i), config.window_of(i)), MambaBlock(config)]
         return blocks
 
     @torch.no_grad()
@@ -144,14 +147,8 @@ class HybridGPT(GPT):
             if block.kind == "mamba":
                 block.mamba.init_weights()
                 nn.init.zeros_(block.mamba.out_proj.weight)
-        for table in self.value_embeds.values():
-            nn.init.zeros_(table.weight)
         self.gate.init_weights()
         self.predictor.init_weights()
-
-    def value_table(self, i):
-        key = str(i)
-        return self.value_embeds[key] if key in self.value_embeds else None
 
     def num_params(self):
         """Parameters by part: 'base' is what the base GPT of this width would have."""

@@ -7,6 +7,7 @@ first d / head_dim heads and the first 4 d hidden units, so that every smaller m
 The sliced matrices are multiplied, never masked full ones: matrix-product FLOPs fall as (d / D)^2.
 """
 import functools
+import math
 import weakref
 from typing import NamedTuple
 
@@ -221,11 +222,14 @@ class Attention(nn.Module):
     RoPE, then an ordinary RMSNorm of q and k over head_dim (QK-norm). head_dim is never sliced.
     With `value_embedding` (nanochat, January 2026) each kv head adds gate * table[token] to v; a zero table is an
     exact no-op.
+    window: how many keys before its own a token sees (None: all of them).
     """
-    def __init__(self, config, value_embedding: bool):
+    def __init__(self, config, value_embedding: bool, window: int | None = None):
         super().__init__()
         self.head_dim, self.group = config.head_dim, config.n_head // config.n_kv_head
         self.d_ref, self.eps = config.d_ref, config.norm_eps
+        self.window, self.qk_scale = window, config.qk_scale
+        self.native = window is None and config.qk_scale == 1  # whether cpu_decode computes it
         D = config.top_width
         D_kv = self.n_kv(D) * self.head_dim
         self.c_q = nn.Linear(D, D, bias=False)
@@ -271,7 +275,7 @@ class Attention(nn.Module):
         heads = level // hd  # query heads that a position has: an int, or (B, T)
         if cache is not None:
             cache.mark(heads)
-            if isinstance(level, int) and mask is None and cpu_decode.serves(x, self.c_q.weight):
+            if isinstance(level, int) and mask is None and self.native and cpu_decode.serves(x, self.c_q.weight):
                 return cpu_decode.attention(self, x, level, rope, value, cache, write_only)
         if mask is not None:
             x = x[..., :level] * mask
@@ -290,11 +294,16 @@ class Attention(nn.Module):
             return None
         q = per_level(level, self._queries, u).view(B, T, -1, hd)
         q = norm(apply_rope(q, rope), hd, self.eps).transpose(1, 2)  # (B, heads, T, head_dim)
+        if self.qk_scale != 1:
+            q = q * self.qk_scale ** 2  # of q and of k
+        window = self.window
         seen, is_causal = None, True
         if cache is not None:
-            k, v, seen, is_causal = cache.read(k.size(1), d // hd)
+            k, v, seen, is_causal = cache.read(k.size(1), d // hd, window)
         elif not isinstance(level, int):
-            seen, is_causal = head_mask(heads.to(x.device), d // hd), False
+            seen, is_causal = head_mask(heads.to(x.device), d // hd, window), False
+        elif window is not None and window < T - 1:
+            seen, is_causal = causal_mask(T, window, x.device), False
         if d // hd != k.size(1):
             k, v = (t.repeat_interleave(self.group, dim=1)[:, :d // hd] for t in (k, v))
         if is_causal:
@@ -332,14 +341,20 @@ class MLP(nn.Module):
         return per_level(level, self._update, x)
 
 
-def head_mask(heads: torch.Tensor, n: int) -> torch.Tensor:
+def causal_mask(T: int, window: int | None, device) -> torch.Tensor:
+    """(T, T) bool: query t sees key s <= t, and at most `window` keys before its own."""
+    seen = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(-window)
+
+
+def head_mask(heads: torch.Tensor, n: int, window: int | None = None) -> torch.Tensor:
     """
-    (B, n, T, T) bool: query t of head j may see key s <= t if position s has head j (heads (B, T) > j). A position
-    always sees itself, lest a row of the softmax be empty; heads it does not have are not read afterwards.
+    (B, n, T, T) bool: query t of head j may see a key s that causal_mask allows if position s has head j (heads (B, T) > j).
+    A position always sees itself, lest a row of the softmax be empty; heads it does not have are not read afterwards.
     """
     T = heads.size(1)
     have = heads[:, None, :] > torch.arange(n, device=heads.device)[:, None]  # (B, n, T) by key
-    causal = torch.ones(T, T, dtype=torch.bool, device=heads.device).tril()
+    causal = causal_mask(T, window, heads.device)
     itself = torch.eye(T, dtype=torch.bool, device=heads.device)
     return (have.unsqueeze(2) & causal) | itself
 
@@ -352,9 +367,9 @@ class AttentionBlock(nn.Module):
     """
     kind = "attention"
 
-    def __init__(self, config, value_embedding: bool):
+    def __init__(self, config, value_embedding: bool, window: int | None = None):
         super().__init__()
-        self.attn = Attention(config, value_embedding)
+        self.attn = Attention(config, value_embedding, window)
         self.mlp = MLP(config)
 
     def forward(self, x, level, rope, value=None, cache=None, active=None):
@@ -397,6 +412,12 @@ class Cost(NamedTuple):
         return self.weights * weight_size + (self.kv_read + self.conv) * kv_size + self.state * 4
 
 
+def most_seen(block: nn.Module) -> float:
+    """The most positions that a token's attention sees in a block, its own included; infinite where there is no window."""
+    window = block.attn.window if block.kind == "attention" else None
+    return math.inf if window is None else window + 1
+
+
 def block_cost(block: nn.Module, d: int, context: float, exited: bool = False) -> tuple[Cost, Cost]:
     """
     (dynamic, static) cost of one token in `block` at width d when attention sees `context` positions: dynamic is what
@@ -413,6 +434,7 @@ def block_cost(block: nn.Module, d: int, context: float, exited: bool = False) -
         # the table's row of a value embedding is read too, but not multiplied
         table = d_kv if attn.ve_gate is not None else 0
         own = Cost(matmul=2 * weights, weights=weights + table, kv=2 * d_kv)
+        context = min(context, most_seen(block))
         return own + mlp + (Cost() if exited else Cost(attention=4 * context * d, kv_read=2 * context * d_kv)), Cost()
     flops = block.mamba.flops_per_token(write_only=exited)
     matmul = flops["in_proj"] + flops["out_proj"]
@@ -444,15 +466,16 @@ def once_per_model(function):
 
 
 @once_per_model
-def _token_table(model) -> tuple[torch.Tensor, torch.Tensor, float]:
+def _token_table(model) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """
     FLOPs of one token by block, level and whether it has exited, (n_block, n_levels, 2) fp64, behind no other token; what
-    each token before it adds; and the head's.
+    each position that it sees adds; how many it sees at most, (n_block,) fp64; and the head's.
     """
     table, one = (torch.tensor([[[sum(c.flops for c in block_cost(block, d, n, exited)) for exited in (False, True)]
                                  for d in model.config.levels] for block in model.transformer.h], dtype=torch.float64)
                   for n in (0, 1))
-    return table, one - table, model.cost()["head"].flops
+    most = torch.tensor([most_seen(block) for block in model.transformer.h], dtype=torch.float64)
+    return table, one - table, most, model.cost()["head"].flops
 
 
 def token_flops(model, depth: torch.Tensor, widths: torch.Tensor, context: torch.Tensor,
@@ -462,19 +485,21 @@ def token_flops(model, depth: torch.Tensor, widths: torch.Tensor, context: torch
     when attention sees `context` (N,) positions: FLOPs (N,) fp64, head included. The same as model.cost, for many tokens.
     per_point: FLOPs of a decision at each exit point that a token reaches.
     """
-    base, more, head = _token_table(model)
+    base, more, most, head = _token_table(model)
     b = torch.arange(model.config.n_block)
     at = b, torch.searchsorted(torch.tensor(model.config.levels), widths.contiguous()), (b >= depth[:, None]).long()
-    spent = base[at] + more[at] * context[:, None]  # a token's cost is linear in its context
+    spent = base[at] + more[at] * torch.minimum(context[:, None].double(), most)  # linear in the positions that it sees
     points = (depth[:, None] >= torch.tensor(model.config.exit_points)).sum(1) if per_point else 0
     return spent.sum(1) + head + per_point * points
 
 
 def prompt_flops(model, tokens: int, widths) -> float:
     """Of a text's first `tokens` tokens in the first len(widths) blocks, at a width each; no logits are made of them."""
-    base, more, _ = _token_table(model)
+    base, more, most, _ = _token_table(model)
     at = torch.arange(len(widths)), torch.searchsorted(torch.tensor(model.config.levels), torch.tensor(widths)), 0
-    return float(base[at].sum()) * tokens + float(more[at].sum()) * tokens * (tokens + 1) / 2
+    most = most[:len(widths)].clamp(max=tokens)
+    seen = most * (most + 1) / 2 + (tokens - most) * most  # the first tokens see 1, 2, ..., the others `most`
+    return float(base[at].sum()) * tokens + float((more[at] * seen).sum())
 
 
 def energy(choice: torch.Tensor, table: torch.Tensor, fixed: float = 0.0) -> torch.Tensor:

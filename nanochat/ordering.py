@@ -101,15 +101,19 @@ def order_by_weights(config: GPTConfig, state: State, report: Callable = lambda:
     return order
 
 
-def can_order(config: GPTConfig) -> bool:
-    """Heads can be sorted only where each has a key/value head of its own."""
-    return config.n_kv_head == config.n_head
+def cannot_order(config: GPTConfig) -> str | None:
+    """Why a base cannot be ordered, or None: heads need key/value heads of their own, and the smear reads leading dims."""
+    if config.n_kv_head != config.n_head:
+        return f"its {config.n_head} heads share {config.n_kv_head} key/value heads"
+    if config.value_embeds or config.smear_gate:
+        return "the gates of its value embeddings and of its smear read the leading dims as they are"
+    return None
 
 
 @torch.no_grad()
 def order_state(config: GPTConfig, state: State, order: Order) -> State:
     """The base in that order: the same function, up to rounding."""
-    assert can_order(config)
+    assert cannot_order(config) is None
     Q, hd = order.rotation, config.head_dim
 
     def make(name, dtype):

@@ -1,13 +1,13 @@
 """
 What a phase of training trains, by one rule: what is new is trained, what is old is frozen (DESIGN 8).
 
-stage 1, behind insertion: the base is old; Mamba blocks and value embeddings are new.
+stage 1, behind insertion: the base is old; Mamba blocks are new, and so are value embeddings that the base did not have.
 stages 2 and 3, behind growth: of every tensor the entries that it had before are old, except in the Mamba mixers, which
 train whole.
 """
 import math
-from dataclasses import fields
 
+from nanochat.checkpoint_manager import config_from_dict
 from nanochat.growing import old_boxes
 from nanochat.hybrid_gpt import CONTROLS, HybridConfig, HybridGPT
 
@@ -51,19 +51,21 @@ def grown_from(provenance: dict | None) -> HybridConfig:
     """The config that a model had before its latest growth. ValueError where its provenance does not say."""
     grown = next((p for p in history(provenance) if p.get("surgery") == "grow"), {})
     was = grown.get("old_config")
-    names = {f.name for f in fields(HybridConfig)}
-    if not isinstance(was, dict) or set(was) != names:
+    try:
+        return config_from_dict("hybrid", was if isinstance(was, dict) else {})
+    except ValueError as e:
         raise ValueError("the checkpoint does not say what it was grown from, so there is no telling old entries from new: "
-                         "grow it again with `python -m scripts.surgery --expand-from=...`, or train all with --unfreeze")
-    return HybridConfig(**was)
+                         "grow it again with `python -m scripts.surgery --expand-from=...`, or train all with "
+                         "--unfreeze") from e
 
 
 def set_trained(model: HybridGPT, phase: str, gate: bool = False, boxes: dict | None = None) -> None:
     """
-    Sets requires_grad of every parameter for a phase: 'stage 1' (what surgery added to the base: Mamba blocks and value
-    embeddings), 'stage 2' and 'stage 3' (all that is not wholly within its `boxes`, see frozen_boxes; setup_optimizers
-    needs these too), 'unfrozen' (everything) or 'controls' (predictor and gate alone, for mode auto). gate: whether the
-    gate learns along in the others, which it does from narrow passes; the predictor is trained by 'controls' only.
+    Sets requires_grad of every parameter for a phase: 'stage 1' (what surgery added to the base: Mamba blocks, and value
+    embeddings where it had none), 'stage 2' and 'stage 3' (all that is not wholly within its `boxes`, see frozen_boxes;
+    setup_optimizers needs these too), 'unfrozen' (everything) or 'controls' (predictor and gate alone, for mode auto). gate:
+    whether the gate learns along in the others, which it does from narrow passes; the predictor is trained by 'controls'
+    only.
     """
     assert phase in ("stage 1", "stage 2", "stage 3", "unfrozen", "controls"), phase
     assert (boxes is not None) == (phase in ("stage 2", "stage 3")), "stages 2 and 3 need to know what is old"
@@ -72,7 +74,8 @@ def set_trained(model: HybridGPT, phase: str, gate: bool = False, boxes: dict | 
             p.requires_grad_(phase == "controls" or (gate and name.startswith("gate.")))
         elif phase == "stage 1":
             block = model.transformer.h[int(name.split(".")[2])] if name.startswith("transformer.h.") else None
-            p.requires_grad_(name.startswith("value_embeds.") or ".ve_gate." in name
+            value = name.startswith("value_embeds.") or ".ve_gate." in name
+            p.requires_grad_((value and not model.config.value_embeds)
                              or (block is not None and block.kind == "mamba"))
         elif boxes is not None:
             p.requires_grad_(not any(all((s.start, s.stop) == (0, n) for s, n in zip(box, p.shape))

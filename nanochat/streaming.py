@@ -17,9 +17,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
-from nanochat.checkpoint_manager import build_model, check_state, load_torch
+from nanochat.checkpoint_manager import build_model, check_state, weights_of
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hybrid_gpt import stays_fp32
+from nanochat.weight_files import load_torch, open_weights
 
 WRITE_BYTES = 1 << 26
 
@@ -65,30 +66,16 @@ def shapes_of(config: GPTConfig) -> dict[str, torch.Size]:
     return {k: v.shape for k, v in build_model(config, "meta").state_dict().items()}
 
 
-def open_state(path: Path, config: GPTConfig) -> State:
+def open_state(path: Path, config: GPTConfig, info: dict | None = None) -> State:
     """
-    The state in a checkpoint file, of which each tensor is read when asked for. Keys may carry torch.compile's prefix. What
-    load_torch raises for damaged files; ValueError that names keys missing, extra or mis-shaped for `config`.
+    The state in a checkpoint file, of which each tensor is read when asked for. info: the config.json or meta that was found
+    with it (None: the file is one of ours). What open_weights raises for damaged files; ValueError that names keys missing,
+    extra or mis-shaped for `config`.
     """
-    places = check_state(build_model(config, "meta").state_dict(), load_torch(path, without_data=True), path)
-    if odd := [name for name, place in places.items() if not place.is_contiguous()]:
-        raise ValueError(f"{path} holds {odd[0]} as a view, not in one piece: save its tensors contiguous")
-
-    def make(name, dtype):
-        # not mapped: the kernel refuses to map privately what is larger than memory, and pages read would stay resident
-        place = places[name]
-        t = torch.empty(place.shape, dtype=place.dtype)
-        data = _bytes(t)
-        with open(path, "rb", buffering=0) as f:
-            f.seek(place.untyped_storage()._checkpoint_offset + place.storage_offset() * place.itemsize)
-            done = 0
-            while done < len(data):
-                n = f.readinto(data[done:])
-                if not n:
-                    raise ValueError(f"{path} is truncated in {name}: copy or download it again")
-                done += n
-        return t.to(dtype)
-    return State({name: place.shape for name, place in places.items()}, make, places["lm_head.weight"].dtype)
+    weights = open_weights(path) if info is None else weights_of(info, path)
+    specs = check_state(build_model(config, "meta").state_dict(), weights.specs, path)
+    return State({name: spec.shape for name, spec in specs.items()}, lambda name, dtype: weights.read(name).to(dtype),
+                 specs["lm_head.weight"].dtype)
 
 
 def _bytes(t: torch.Tensor) -> memoryview:

@@ -21,47 +21,17 @@ from nanochat.streaming import Leaf, State, seeded, shapes_of
 
 MAX_DELTA = 1e-4  # largest |delta logit|, fp32, that counts as "the function is unchanged"
 
-# What later nanochats have and this architecture has not, by the names of their weights or config fields.
-LATER = (
-    (r"resid_lambdas|x0_lambdas|x0_gate", "residual lambdas"),
-    (r"value_embeds\.|ve_gate\.", "value embeddings"),
-    (r"smear", "the smear of neighbouring embeddings"),
-    (r"backout", "the backout of a middle layer"),
-    (r"window_pattern", "sliding attention windows"),
-    (r"\.bias$", "biases"),
-)
-
-
-def check_vintage(keys: list[str], fields: list[str], where) -> None:
-    """ValueError that names the features of a later nanochat that a checkpoint's weights or config fields show."""
-    found = [feature for pattern, feature in LATER if any(re.search(pattern, k) for k in [*keys, *fields])]
-    if found:
-        raise ValueError(f"{where} is of a later nanochat than d32's and has {', '.join(found)}, which are not supported: "
-                         "use a checkpoint of nanochat-d32's vintage, such as karpathy/nanochat-d32")
-
-
-def check_sizes(shapes: dict[str, torch.Size], config: GPTConfig, where) -> None:
-    """ValueError where width, depth, vocabulary or kv heads read from a base's weights are not those of its config."""
-    n_layer = len({k.split(".")[2] for k in shapes if k.startswith("transformer.h.")})
-    wte, c_k = shapes.get("transformer.wte.weight"), shapes.get("transformer.h.0.attn.c_k.weight")
-    read = {"n_layer": n_layer}
-    if wte is not None and len(wte) == 2:
-        read |= {"vocab_size": wte[0], "n_embd": wte[1]}
-    if c_k is not None and len(c_k) == 2 and c_k[0] % config.head_dim == 0:
-        read |= {"n_kv_head": c_k[0] // config.head_dim}
-    wrong = [f"{k} {v}, but the meta file says {getattr(config, k)}" for k, v in read.items() if v != getattr(config, k)]
-    if wrong:
-        raise ValueError(f"{where} has {'; '.join(wrong)}: use the meta file that was saved with it")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Insert
 
-def base_name(name: str) -> str | None:
-    """The base's name of a hybrid's tensor (attention block 2i is its layer i); None for what no base has."""
-    block = re.fullmatch(r"transformer\.h\.(\d+)\.(.*)", name)
-    if block and int(block[1]) % 2 == 0 and not block[2].startswith("attn.ve_gate"):
-        return f"transformer.h.{int(block[1]) // 2}.{block[2]}"
+def base_name(name: str, value_embeds: bool) -> str | None:
+    """
+    The base's name of a hybrid's tensor (attention block 2i is its layer i); None for what a base has not, with or without
+    value embeddings.
+    """
+    block = re.fullmatch(r"(transformer\.h|value_embeds)\.(\d+)\.(.*)", name)
+    if block and int(block[2]) % 2 == 0 and (value_embeds or not re.match(r"value_embeds|.*\.ve_gate", name)):
+        return f"{block[1]}.{int(block[2]) // 2}.{block[3]}"
     return name if name in ("transformer.wte.weight", "lm_head.weight") else None
 
 
@@ -74,8 +44,8 @@ def insert_state(config: GPTConfig, base: State, seed: int) -> tuple[HybridConfi
 
     def make(name, dtype):
         nonlocal fresh
-        if base_name(name):
-            return base.get(base_name(name), dtype)
+        if own := base_name(name, config.value_embeds):
+            return base.get(own, dtype)
         if "ve_gate" in name or name.startswith("value_embeds."):
             return torch.zeros(shapes[name], dtype=dtype)
         part = re.match(r"transformer\.h\.\d+\.|gate\.|predictor\.", name)[0]
@@ -91,7 +61,8 @@ def _reference(config, part, seed):
         if part.startswith("transformer."):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Initializing zero-element")  # it has no exit point
-                tiny = build_model(replace(config, n_layer=1, vocab_size=1))  # whose only Mamba block is like all others
+                # its only Mamba block is like all others
+                tiny = build_model(replace(config, n_layer=1, vocab_size=1, windows=(), x0_lambdas=()))
             tiny.init_weights()
             return tiny.transformer.h[1].state_dict()
         with torch.device("meta"):

@@ -5,6 +5,8 @@ Makes a hybrid of a trained base GPT, and grows a hybrid to a larger width, the 
     python -m scripts.surgery --expand-from=2048 --new-dim=2560      # -> hybrid_checkpoints/d32_2560
     python -m scripts.surgery --expand-from=2560 --new-dim=4096
     python -m scripts.surgery --src ~/.cache/nanochat/base_checkpoints/d4
+    python -m scripts.surgery --src karpathy/nanochat-d34            # fetched from the hub -> hybrid_checkpoints/d34_2176
+    python -m scripts.surgery --expand-from=2176 --tag d34           # to 1.25 times the base's width, then to twice
 
 Folders are those under NANOCHAT_BASE_DIR. Before anything is written, a probe batch goes through both models in fp32; if
 any logit moved by more than 1e-4 nothing is written and the exit code is 1. Weights are read, made, proven and written one
@@ -15,6 +17,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 from dataclasses import asdict
@@ -24,16 +27,18 @@ import torch
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat import step_checkpoint
-from nanochat.common import Progress, cli, find_device_type, get_base_dir, print0
+from nanochat.common import Progress, cli, existing_folder, find_device_type, get_base_dir, print0
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import prepare
-from nanochat.growing import INITS, Init, grow_optimizers, grow_state
+from nanochat.growing import INITS, Init, grow_optimizers, grow_state, next_width, widths_ahead
+from nanochat.hub_models import fetch_model, is_repo
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.monitor import peak_rss_mb
-from nanochat.ordering import ORDERS, can_order, order_by_data, order_by_weights, order_state
+from nanochat.ordering import ORDERS, cannot_order, order_by_data, order_by_weights, order_state
 from nanochat.owner import gives_back, own
 from nanochat.streaming import leaves, open_state, save_lazy, streamed
-from nanochat.surgery import MAX_DELTA, check_sizes, check_vintage, insert_optimizers, insert_state, prove, unchanged
+from nanochat.surgery import MAX_DELTA, insert_optimizers, insert_state, prove, unchanged
+from nanochat.vintages import VINTAGES
 
 HUB = "karpathy/nanochat-d32"
 ORDER = "none"
@@ -46,9 +51,13 @@ AUTO_BYTES = 32e9  # --dtype auto: a file that would be larger in the source's d
 def main(argv=None):
     p = argparse.ArgumentParser(description="Insert Mamba-2 blocks into a trained base GPT, or grow a hybrid, the function "
                                             "unchanged and proved so.")
-    p.add_argument("--src", default=None, help="folder to start from (default: chatsft_checkpoints/d32; with --expand-from "
-                                               "the newest hybrid of that tag and width)")
+    p.add_argument("--src", default=None, metavar="REPO_OR_FOLDER",
+                   help="where to start from: a folder, or a repository on the hub, OWNER/NAME or OWNER/NAME/FOLDER "
+                        "(default: chatsft_checkpoints/d32; with --expand-from the newest hybrid of that tag and width)")
     p.add_argument("--step", type=int, default=None, help="the base checkpoint's step (default: the newest)")
+    p.add_argument("--vintage", default=None, choices=list(VINTAGES),
+                   help="which nanochat trained the base, where its files do not say: E, of March 2-8, 2026 (default: told "
+                        "from the files; docs/checkpoints.md)")
     p.add_argument("--download", action="store_true", help=f"fetch {HUB} from the hub into the source folder first")
     p.add_argument("--expand-from", type=int, default=None, metavar="WIDTH", help="grow the hybrid of this width")
     p.add_argument("--new-dim", type=int, default=None, metavar="WIDTH",
@@ -85,19 +94,24 @@ def main(argv=None):
                     **({"kind": args.init} if args.init else {}))
         if init.kind == "zero":
             print0("warning: with --init zero new heads, units and groups can hardly learn: most of them get no gradient")
-        new_config, new_state = grow_state(config, state, need(args.new_dim), init)
+        width = args.new_dim or next_width(config)
+        if args.new_dim is None:
+            print0(f"--new-dim {width}: {width / config.d_ref:g} times the base's width {config.d_ref}, in whole heads")
+        new_config, new_state = grow_state(config, state, width, init)
         # old_config: which entries are old, that stages 2 and 3 freeze (stages.py)
         how = {"surgery": "grow", "init": asdict(init), "old_config": asdict(config)}
     else:
         ordered, order = ordered_base(args, config, state, tokenizer, device)
         new_config, new_state = insert_state(config, ordered, args.seed)
-        how = {"surgery": "insert", "seed": args.seed, "order": order}
+        how = {"surgery": "insert", "seed": args.seed, "order": order, "vintage": info.get("vintage")}
+        print0(f"it can grow (--expand-from={new_config.n_embd}): by default to "
+               f"{' and '.join(map(str, widths_ahead(new_config)))}; Mamba groups are {new_config.mamba_group_width} wide")
     optim = optimizer_file(file, info) if args.with_optimizer else None
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(args.dtype, state.dtype)
     if args.dtype == "auto" and new_state.nbytes(dtype) > AUTO_BYTES:
         dtype = torch.bfloat16
-    tag = args.tag or info.get("tag") or ("d32" if growing else file.parent.name)
+    tag = args.tag or info.get("tag") or ("d32" if growing else tag_of(args.src, file))
     dst = (Path(args.dst).expanduser() if args.dst
            else get_base_dir() / "hybrid_checkpoints" / f"{tag}_{new_config.n_embd}")
     if dst.resolve() == file.parent.resolve():
@@ -138,37 +152,40 @@ def main(argv=None):
     return proof
 
 
-def need(width):
-    if width is None:
-        raise ValueError("--expand-from needs the new width too: give --new-dim")
-    return width
+def tag_of(src: str | None, file: Path) -> str:
+    """The family's name of a base: what its repository, without 'nanochat-', or its folder is called."""
+    return src.split("/")[-1].removeprefix("nanochat-") if src and is_repo(src) else file.parent.name
 
 
 def open_base(args):
     """config, meta, file, state and a note of the base that --src and --step name."""
     if used := [f"--{k}" for k in ("init", "rank", "std", "scale") if getattr(args, k) is not None]:
         raise ValueError(f"{', '.join(used)} has no effect on insertion: it is for growth, with --expand-from")
-    src = Path(args.src).expanduser() if args.src else get_base_dir() / "chatsft_checkpoints" / "d32"
-    if args.download:
-        ckpt.download(HUB, src)
+    home = get_base_dir() / "chatsft_checkpoints" / "d32"
+    if args.src and is_repo(args.src):
+        into = home if args.src == HUB else get_base_dir() / "hub_checkpoints" / "--".join(args.src.split("/")[:2])
+        src = fetch_model(args.src, into, args.step)
+    else:
+        src = Path(args.src).expanduser() if args.src else home
+        if args.download:
+            src = fetch_model(HUB, src, args.step)
     if not src.is_dir():
         raise FileNotFoundError(f"there is no folder {src}: fetch nanochat-d32 with --download, train a base with "
-                                "`python -m scripts.base_train`, or name one with --src")
-    step = ckpt.last_step(src) if args.step is None else args.step
-    meta = ckpt.load_json(src / f"meta_{step:06d}.json")
-    if meta.get("kind", "gpt") != "gpt":
-        raise ValueError(f"{src} holds a {meta['kind']} model already; insertion starts from a base GPT, and a hybrid is "
+                                "`python -m scripts.base_train`, or name one, or a repository on the hub, with --src")
+    config, info, file = ckpt.find(src, args.step, args.vintage)
+    if isinstance(config, HybridConfig):
+        raise ValueError(f"{src} holds a hybrid model already; insertion starts from a base GPT, and a hybrid is "
                          "grown with --expand-from")
-    file = src / f"model_{step:06d}.pt"
-    weights = ckpt.load_torch(file, without_data=True)
-    shapes = {str(k).removeprefix("_orig_mod."): getattr(v, "shape", ()) for k, v in dict(weights).items()}
-    check_vintage(list(shapes), list(meta.get("model_config") or ()), file)
-    config = ckpt.find_step(src, step).config
-    check_sizes(shapes, config, file)
     if args.new_dim not in (None, config.n_embd):
         raise ValueError(f"--new-dim {args.new_dim} is not the base's width {config.n_embd}: insertion keeps the width; "
                          f"then grow with --expand-from={config.n_embd} --new-dim={args.new_dim}")
-    return config, {**meta, "step": step}, file, open_state(file, config), f"step {step}"
+    step = int(match[1]) if (match := re.match(r"model_(\d+)\.", file.name)) else None
+    if "vintage" in info:
+        vintage = VINTAGES[info["vintage"]]
+        print0(f"nanochat of vintage {vintage.name} (from {vintage.since} on)"
+               + "".join(f"; {note}" for note in info["vintage_notes"]))
+    note = "an export" if step is None else f"step {step}"
+    return config, {**info, "step": step}, file, open_state(file, config, info), note
 
 
 def ordered_base(args, config, state, tokenizer, device):
@@ -180,8 +197,8 @@ def ordered_base(args, config, state, tokenizer, device):
         return state, how
     if args.with_optimizer:
         raise ValueError(f"an optimizer's moments do not survive --order {how}: use --order none, or drop --with-optimizer")
-    if not can_order(config):
-        print0(f"the base is left unordered: its {config.n_head} heads share {config.n_kv_head} key/value heads")
+    if can_not := cannot_order(config):
+        print0(f"the base is left unordered: {can_not}")
         return state, "none"
     progress = Progress("order", config.n_layer + (how == "data"), "parts")
     if how == "weights":
@@ -199,7 +216,7 @@ def open_hybrid(args):
     config, info, file, state and a note of the hybrid of width --expand-from: --src, else the tag's trained export, else
     surgery's.
     """
-    if used := [f"--{k}" for k in ("download", "step", "order", "data") if getattr(args, k) not in (None, False)]:
+    if used := [f"--{k}" for k in ("download", "step", "vintage", "order", "data") if getattr(args, k) not in (None, False)]:
         raise ValueError(f"{', '.join(used)} has no effect with --expand-from: it is for a base")
     width, tag = args.expand_from, args.tag or "d32"
     if args.src:
@@ -257,21 +274,15 @@ def table(config, new_config, new_state, dtype, size, dst) -> None:
            f"levels {', '.join(map(str, new_config.levels))}")
     for k in new:
         print0(f"  {k:13s}{old.get(k, 0):16,d} ->{new[k]:16,d}")
-    free = shutil.disk_usage(existing(dst)).free
+    free = shutil.disk_usage(existing_folder(dst)).free
     # as measured on two CPU cores (README): proof and writing each make every weight once or twice
     print0(f"output {dst}: {size / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}, {free / 1e9:.1f} GB of disk are "
            f"free; about {max(1, round(new['total'] / 1e9))} min on two CPU cores")
 
 
-def existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
-
-
 def check_room(dst: Path, size: int) -> None:
     """OSError unless the disk has room for the output, and a little more, beside what is there."""
-    free = shutil.disk_usage(existing(dst)).free
+    free = shutil.disk_usage(existing_folder(dst)).free
     if free < 1.01 * size + 1e8:
         raise OSError(f"{dst} needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of disk are free: free some, write "
                       "elsewhere with --dst, or choose --dtype bfloat16")

@@ -28,8 +28,9 @@ def test_insertion_keeps_the_function(base, tokens):
     assert probe(base, hybrid)["max_delta_logit"] <= 1e-5
     for name, p in base.named_parameters():
         parts = name.split(".")
-        if parts[1] == "h":
-            parts[2] = str(2 * int(parts[2]))
+        for i in range(1, len(parts)):
+            if parts[i - 1] in ("h", "value_embeds"):
+                parts[i] = str(2 * int(parts[i]))
         assert torch.equal(p, hybrid.get_parameter(".".join(parts)))
 
 

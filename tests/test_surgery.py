@@ -18,7 +18,7 @@ from nanochat.hybrid_gpt import HybridConfig
 from nanochat.optim import setup_optimizers
 from nanochat.ordering import order_by_data, order_by_weights, order_state
 from nanochat.streaming import Leaf, State, leaves, open_state, save_lazy, shapes_of, streamed
-from nanochat.surgery import check_sizes, check_vintage, compare, insert, insert_state, prove, unchanged
+from nanochat.surgery import compare, insert, insert_state, prove, unchanged
 from nanochat.tokenizer import Tokenizer
 from scripts import fractal_train, surgery
 
@@ -309,9 +309,6 @@ def test_files_written_lazily_are_torch_files(hybrid, tmp_path):
 
 def test_states_that_cannot_be_read_are_named(hybrid, tmp_path):
     state = dict(hybrid.state_dict())
-    torch.save({**state, "lm_head.weight": state["lm_head.weight"].T.contiguous().T}, tmp_path / "m.pt")
-    with pytest.raises(ValueError, match=r"holds lm_head\.weight as a view"):
-        open_state(tmp_path / "m.pt", hybrid.config)
     torch.save(state, tmp_path / "m.pt")
     whole = open_state(tmp_path / "m.pt", hybrid.config)
     os.truncate(tmp_path / "m.pt", 300_000)  # after it was opened
@@ -378,28 +375,6 @@ def test_optimizer_states_without_names_or_of_other_models_are_refused(model, co
         if bad:
             with pytest.raises(ValueError, match="optimizer"):
                 ckpt.carry_optimizers(tmp_path / "o.pt", opts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources
-
-@pytest.mark.parametrize("keys, fields, words", [
-    (["resid_lambdas", "x0_lambdas"], [], "residual lambdas"), (["value_embeds.1.weight"], [], "value embeddings"),
-    (["transformer.h.1.attn.ve_gate.weight"], [], "value embeddings"), (["smear_gate.weight"], [], "smear"),
-    (["backout_lambda"], [], "backout"), (["lm_head.weight"], ["window_pattern"], "sliding attention windows"),
-    (["smear_lambda", "backout_lambda"], [], "smear of neighbouring embeddings, the backout")])
-def test_later_vintages_are_named(keys, fields, words):
-    with pytest.raises(ValueError, match=words):
-        check_vintage(keys, fields, "x.pt")
-
-
-def test_sizes_are_read_from_the_file(base, base_config):
-    shapes = {k: v.shape for k, v in base.state_dict().items()}
-    check_sizes(shapes, base_config, "x.pt")
-    for field, value, words in (("vocab_size", 301, "vocab_size 300, but the meta file says 301"),
-                                ("n_layer", 2, "n_layer 3"), ("n_embd", 128, "n_embd 64"), ("n_kv_head", 2, "n_kv_head 4")):
-        with pytest.raises(ValueError, match=words):
-            check_sizes(shapes, replace(base_config, **{field: value}), "x.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -479,7 +454,6 @@ def test_user_errors_are_one_line_and_write_nothing(home, base, config, tokenize
     grown = ["--expand-from=64", "--new-dim=80"]
     fails(capsys, ["--new-dim=128"], "is not the base's width 64", "--expand-from=64 --new-dim=128")
     fails(capsys, ["--init=svd"], "--init has no effect on insertion")
-    fails(capsys, ["--expand-from=64"], "give --new-dim")
     fails(capsys, ["--expand-from=32", "--new-dim=64"], "no hybrid d32_32", "--new-dim=32")
     fails(capsys, ["--expand-from=64", "--new-dim=90"], "multiple of 16")
     fails(capsys, [*grown, "--tag=d9"], "no hybrid d9_64")
@@ -500,16 +474,19 @@ def test_user_errors_are_one_line_and_write_nothing(home, base, config, tokenize
     file = home / "chatsft_checkpoints/d32/model_000650.pt"
     state = dict(torch.load(file, weights_only=True))
     torch.save({**state, "smear_gate.weight": torch.zeros(1, 24)}, file)
-    fails(capsys, [], "later nanochat", "smear")
+    fails(capsys, [], "unexpected smear_gate.weight")
+    meta = ckpt.load_json(file.with_name("meta_000650.json"))
+    meta = {"model_config": {k: v for k, v in meta["model_config"].items() if k not in ckpt.LATER_FIELDS}}
+    ckpt.save_json(meta, file.with_name("meta_000650.json"))  # as nanochat itself writes it
+    fails(capsys, [], "vintage G", "missing", "resid_lambdas")
     torch.save({k: v for k, v in state.items() if k != "lm_head.weight"}, file)
     fails(capsys, [], "missing lm_head.weight")
-    meta = ckpt.load_json(file.with_name("meta_000650.json"))
     torch.save(state, file)
     ckpt.save_json({**meta, "model_config": {**meta["model_config"], "n_layer": 2}}, file.with_name("meta_000650.json"))
     fails(capsys, [], "n_layer 3, but the meta file says 2")
     ckpt.save_json({**meta, "model_config": {**meta["model_config"], "window_pattern": "SSSL"}},
                    file.with_name("meta_000650.json"))
-    fails(capsys, [], "sliding attention windows")
+    fails(capsys, [], "vintage C", "missing resid_lambdas")
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -547,29 +524,11 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(home, capsys):
     assert sorted(p.name for p in folder.iterdir()) == ["d32_64", "d32_80"]
 
 
-def test_download_fetches_into_the_source_folder(home, base, tokenizer, capsys, monkeypatch):
-    import huggingface_hub
-
-    def stub(repo, local_dir, allow_patterns):
-        assert repo == "karpathy/nanochat-d32" and "model_*.pt" in allow_patterns
-        ckpt.save_step(local_dir, 650, base, [], {})
-        tokenizer.save(local_dir)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", stub)
-    surgery.main(["--download", "--new-dim=64", "--order=none", "--src", str(home / "got")])
-    assert (home / "hybrid_checkpoints/got_64/model.pt").is_file()
-
-    def offline(*args, **kwargs):
-        raise RuntimeError("Name or service not known\nmore")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    fails(capsys, ["--download", "--src", str(home / "other")], "could not be fetched", "Name or service", "network")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: None)  # offline, and content with nothing
-    fails(capsys, ["--download", "--src", str(home / "other")], "could not be fetched whole")
-
-
 def test_config_holds_everything(home, config):
     surgery.main(["--expand-from=64", "--new-dim=80", "--init=svd", "--rank=4", "--seed=9"])
     info = json.loads((home / "hybrid_checkpoints/d32_80/config.json").read_text())
-    assert info["config"] == asdict(grown_config(config, 80)) and info["loader"] == {"batches": 3}
+    assert ckpt.config_from_dict("hybrid", info["config"]) == grown_config(config, 80) and info["loader"] == {"batches": 3}
+    assert info["config"].keys() == asdict(grown_config(config, 80)).keys()
     assert info["provenance"]["init"] == {"kind": "svd", "rank": 4, "std": None, "scale": 1.0, "seed": 9}
     assert {"torch", "python", "nanochat"} <= info["provenance"]["versions"].keys()
     assert info["written"]["peak_rss_mb"] > 0 and info["proof"]["level"]["width"] == 64
