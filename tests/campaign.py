@@ -66,7 +66,8 @@ def training_flags(home: Path, base: Path, world: int) -> list[str]:
     """At a third of the rate: other numbers of processes read other rows, whose noise alone would be 1.3e-3 of the loss."""
     return ["--checkpoint", str(base / "hybrid_checkpoints/t_32"), "--data", str(home / "docs"), "--matryoshka",
             "--sample-dim", "--lr-scale", "0.3", "--device-batch-size", str(ROWS // world), "--total-batch-size",
-            str(ROWS * T), "--eval-tokens", "768", "--eval-every", "3", "--save-every", "2", "--num-iterations", str(STEPS), "--log-every", "1"]
+            str(ROWS * T), "--eval-tokens", "768", "--eval-every", "3", "--save-every", "2", "--num-iterations",
+            str(STEPS), "--log-every", "1"]
 
 
 def command(kind: str, home: Path, base: Path, world: int, rows: Path | None, jump: float, fresh: bool) -> None:
