@@ -80,8 +80,9 @@ def main(argv=None):
 
     def evaluate():
         val = DataLoader(tokenizer, data, "val", args.device_batch_size, config.sequence_len, device=device)
-        return {"bpb": evaluate_bpb(model, itertools.islice(val, rank, None, world), eval_steps, token_bytes,
-                                    distributed.all_sum)}
+        with distributed.gathered_once(model):
+            return {"bpb": evaluate_bpb(model, itertools.islice(val, rank, None, world), eval_steps, token_bytes,
+                                        distributed.all_sum)}
 
     print0(f"FLOPs per trained token {step.flops(None, 1):,.0f}")
     if run.finished:

@@ -320,10 +320,11 @@ def train(args, given: set[str], folder: Path | None = None, watch=None, label: 
 
     def evaluate():
         out = {}
-        for mode in names:
-            val = DataLoader(tokenizer, data, "val", args.device_batch_size, T, device=device)
-            out[mode] = evaluate_bpb(model, itertools.islice(val, rank, None, world), eval_steps, token_bytes,
-                                     distributed.all_sum, widths=mode)
+        with distributed.gathered_once(model):
+            for mode in names:
+                val = DataLoader(tokenizer, data, "val", args.device_batch_size, T, device=device)
+                out[mode] = evaluate_bpb(model, itertools.islice(val, rank, None, world), eval_steps, token_bytes,
+                                         distributed.all_sum, widths=mode)
         print0("  " + ", ".join(f"{k} {v:.4f}" for k, v in out.items()))
         if rows := int(distributed.all_sum(step.unsupervised.clone())):
             print0(f"  note: {rows} rows so far had no token to learn: their conversations are longer than a row")

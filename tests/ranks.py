@@ -55,6 +55,36 @@ def finish(processes: list, seconds: float = 900) -> list[int]:
     return [p.exitcode for p in processes]
 
 
+def evaluated(file: Path) -> None:
+    """Whether passes gather a sharded model's units once in gathered_once, and change nothing: rank 0 writes what it saw."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+    distributed.init_processes("cpu")
+    torch.manual_seed(0)
+    model = build_model(TINY)
+    model.init_weights()
+    distributed.shard_model(model, distributed.make_mesh("cpu"), torch.float32)
+    x, gathers, gather = torch.randint(TINY.vocab_size, (2, T)), [], _fsdp_param_group.foreach_all_gather
+    _fsdp_param_group.foreach_all_gather = lambda *args: gathers.append(1) or gather(*args)
+    seen = []
+
+    def run():
+        gathers.clear()
+        with torch.no_grad():
+            loss = float(model(x, x, widths=16)[0])
+        seen.append((loss, len(gathers)))
+    run()
+    with distributed.gathered_once(model):
+        run()
+        run()
+    run()
+    model(x, x)[0].backward()  # as training goes on
+    trained = [p for name, p in model.named_parameters() if name.endswith("mlp.c_fc.weight")]
+    assert all(isinstance(p, DTensor) and p.grad is not None for p in trained)
+    if distributed.get_rank()[0] == 0:
+        torch.save(seen, file)
+    distributed.leave()
+
+
 def together(world: int, fn, *args, out: Path, env=()) -> None:
     codes = finish(start(world, fn, *args, out=out, env=env))
     assert codes == [0] * world, (codes, *((out / f"{r}.log").read_text()[-2000:] for r in range(world)))

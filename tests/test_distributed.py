@@ -251,6 +251,13 @@ def test_nodes_hold_copies_of_the_shards(tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["norm"] == pytest.approx(b["norm"], abs=1e-5)
 
 
+def test_an_evaluation_gathers_weights_once(tmp_path):
+    ranks.together(2, ranks.evaluated, tmp_path / "seen.pt", out=tmp_path)
+    losses, gathers = zip(*torch.load(tmp_path / "seen.pt"))
+    assert len(set(losses)) == 1
+    assert gathers[0] == gathers[1] == gathers[3] > 3 and gathers[2] == 0
+
+
 def test_checkpointing_and_compilation_change_nothing():
     case = {"phase": "stage 1", "recipe": "both", "sample": False, "steps": 3}
     plain = ranks.train(**case, path=None)
