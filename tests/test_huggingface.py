@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections import namedtuple
 from pathlib import Path
 
@@ -347,3 +348,19 @@ def test_the_card_of_a_repository_lists_its_variants(models):
     assert 'from_pretrained("someone/small", subfolder="hybrid", trust_remote_code=True' in card
     own = model_card(models["hybrid"].model.config, configs["hybrid"]["adamba"], {}, Place("someone/small", "hybrid"), True)
     assert 'from_pretrained("someone/small", subfolder="hybrid")' in own
+
+
+def test_one_shard_at_a_time_is_in_memory(tmp_path):
+    """Of tensors that are made when they are asked for, those of a written shard are gone before the next is made."""
+    alive = weakref.WeakSet()
+
+    def make(name, dtype):
+        held = sum(t.nbytes for t in alive)
+        assert held < 4000, f"{held} bytes are still held"
+        t = torch.zeros(250, dtype=dtype)
+        alive.add(t)
+        return t
+    names = [f"w{i}" for i in range(16)]
+    write_weights(tmp_path, State({n: torch.Size([250]) for n in names}, make, torch.float32), torch.float32, lambda n: None,
+                  shard_bytes=4000)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4

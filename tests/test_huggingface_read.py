@@ -6,12 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import randomize
+from hub_server import Hub
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
 from nanochat import checkpoint_manager as ckpt
 from nanochat.checkpoint_manager import build_model
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
+from nanochat.hub_models import fetch_model, model_files
 from nanochat.huggingface.export import CODE, CODE_FOLDER, as_exported, write_weights
 from nanochat.hybrid_gpt import HybridConfig
 from nanochat.streaming import State
@@ -67,6 +70,29 @@ def test_surgery_starts_from_a_repository(tokenizer, tmp_path, monkeypatch, toke
                   str(tmp_path / "grown")])
     with torch.no_grad():
         assert (ckpt.load(tmp_path / "grown").model(tokens) - base(tokens)).abs().max() < 1e-4
+
+
+def test_an_exported_repository_of_the_hub_is_fetched_by_its_name(tokenizer, tmp_path, monkeypatch, capsys):
+    _, repo = exported(SMALL, tokenizer, tmp_path, monkeypatch)
+    hub = Hub()
+    for name, value in (("ENDPOINT", hub.url), ("HF_HUB_DISABLE_XET", True), ("HF_HUB_CACHE", str(tmp_path / "cache")),
+                        ("HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    files = {f"small/{p.name}": p.read_bytes() for p in repo.iterdir()}
+    files |= {"README.md": b"", "modeling_adamba.py": b""}
+    hub.repos["someone/all"] = {"private": True, "commits": 1, "files": files}
+    folder = fetch_model("someone/all", tmp_path / "got")
+    hub.close()
+    assert folder == tmp_path / "got/small" and "revision" in capsys.readouterr().out
+    assert ckpt.load(folder).model.config == SMALL
+    assert not list(folder.glob("*.md")) and not list((tmp_path / "got").glob("*.py"))  # nothing but what is needed
+    two = ["a/config.json", "a/model.safetensors", "b/config.json", "b/model.safetensors"]
+    with pytest.raises(ValueError, match=r"holds 2 models, in a, b: name one, such as someone/all/b"):
+        model_files(two, None, "", "someone/all")
+    assert model_files(two, None, "a", "someone/all") == ("a", two[:2])
+    with pytest.raises(ValueError, match="has no nanochat checkpoint"):
+        model_files(["config.json", "pytorch_model.bin"], None, "", "someone/all")
 
 
 def test_what_is_no_model_of_ours_is_named(tokenizer, tmp_path, monkeypatch):

@@ -126,14 +126,19 @@ def write_weights(folder: Path, state: State, dtype: torch.dtype, report: Callab
     index = {}
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: state.get(name, state.stored(name, dtype)).contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # the library makes files that nobody else may read
-        report(sum(t.nbytes for t in tensors.values()))
+        report(write_shard(folder / file, state, names, dtype))
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
         save_json({"metadata": {"total_size": state.nbytes(dtype)}, "weight_map": index},
                   folder / "model.safetensors.index.json")
+
+
+def write_shard(path: Path, state: State, names: list[str], dtype: torch.dtype) -> int:
+    """Writes one file of weights; returns their bytes. Its tensors are in memory only while it runs."""
+    tensors = {name: state.get(name, state.stored(name, dtype)).contiguous() for name in names}
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library makes files that nobody else may read
+    return sum(t.nbytes for t in tensors.values())
 
 
 def plan_shards(state: State, dtype: torch.dtype, shard_bytes: int) -> list[list[str]]:
