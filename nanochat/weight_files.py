@@ -13,9 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
 import torch
-from safetensors.torch import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 INDEX = ".safetensors.index.json"  # names the shards of a model; Hugging Face's format
@@ -183,6 +181,9 @@ def _read_place(path: Path, name: str, place: torch.Tensor) -> torch.Tensor:
 
 def _open_safetensors(path: Path) -> Weights:
     """A safetensors file; the library checks that sizes and places fit the file."""
+    import safetensors  # not above: gpu_check does without
+    from safetensors.torch import safe_open
+
     def opened():
         try:
             return safe_open(path, framework="pt")
