@@ -94,7 +94,7 @@ def decode(gpu, names: list[str], big: bool = False) -> dict:
         prompts = options.pop("prompts", [[1, 2, 3, 4]])
         if options.get("overflow"):
             prompts = [[1] * (config.sequence_len - 2)]
-        tokens = options.pop("tokens", 6)
+        tokens = options.pop("tokens", 4)
         if name.startswith("auto"):  # a device without data has a gate without answers
             options["control"] = Controls(model, 0.7, 0.6, 0.4, {"prices": [[0.7, 1.0]]},
                                           score=_scores(options.pop("scores"), config))
@@ -122,9 +122,9 @@ DECODING = {
     "auto goes on": {"mode": "auto", "scores": [0.5]}, "auto exits": {"mode": "auto", "scores": [0.5, 0.9]},
     "auto expands": {"mode": "auto", "scores": [0.5, 0.5, 0.5, 0.1, 0.1, 0.1]},
     "auto in a batch": {"mode": "auto", "scores": [0.5, 0.5, 0.3, 0.7], "prompts": RAGGED},
-    "lossless": {"lossless": True, "draft": 3, "mode": "ghost", "tokens": 20},
-    "lossless by depth": {"lossless": True, "draft": 2, "depth": 2, "tokens": 20},
-    "lossless in a batch": {"lossless": True, "draft": 2, "mode": "ghost", "tokens": 20, "prompts": RAGGED},
+    "lossless": {"lossless": True, "draft": 3, "mode": "ghost", "tokens": 8},
+    "lossless by depth": {"lossless": True, "draft": 2, "depth": 2, "tokens": 8},
+    "lossless in a batch": {"lossless": True, "draft": 2, "mode": "ghost", "tokens": 8, "prompts": RAGGED},
     "sliding": {"overflow": "slide", "tokens": 8},
 }
 

@@ -47,14 +47,14 @@ SLOW_STEPS = {
     "controls": ({"recipe": "controls value", "phase": "controls"}, (1950, 8, 8), (20, 2, 0)),
     "controls, gumbel": ({"recipe": "controls gumbel", "phase": "controls"}, (2700, 8, 9), (20, 2, 0)),
 }
-# Of each decoding step, all of its rows' tokens; of lossless decoding of each token, with a fifth more than was seen: how
-# many drafts are kept depends on what memory without data happens to hold.
+# Of each decoding step, all of its rows' tokens; of lossless decoding of each token.
 DECODING = {"full": (390, 1, 0), "auto in a batch": (430, 5, 2)}
 SLOW_DECODING = {
     "ragged": (410, 2, 2), "narrow": (405, 1, 0), "ghost": (405, 1, 0), "depth": (116, 1, 0),
     "two widths": (850, 2, 6), "two depths": (442, 2, 2), "auto goes on": (408, 4, 0), "auto exits": (220, 3, 0),
-    "auto expands": (408, 4, 0), "lossless": (680, 5.5, 1.8), "lossless by depth": (470, 4, 1.6),
-    "lossless in a batch": (650, 6.1, 5.1), "sliding": (460, 1, 0.34)}
+    "auto expands": (408, 4, 0), "sliding": (460, 1, 0.34),
+    # when drafting goes on depends on what it took by the clock: these vary by some percent
+    "lossless": (800, 7, 3), "lossless by depth": (600, 6, 3), "lossless in a batch": (800, 8, 7)}
 
 
 @pytest.fixture(scope="module")
