@@ -470,9 +470,9 @@ def campaign(minutes: float, seed: int, folder: Path) -> dict:
 def soak(tokens: int) -> dict:
     """Decodes so many tokens of a tiny hybrid, and how the memory in use grew after the first tenth of them, in MB."""
     from nanochat.engine import Compute, Engine
-    config = replace(ranks.TINY, vocab_size=300, sequence_len=256)
-    model = randomize(ckpt.build_model(config)).eval()
     tokenizer = Tokenizer.train_from_iterator(["Line of text, and a few more words to merge. " * 50], 300)
+    config = replace(ranks.TINY, vocab_size=tokenizer.get_vocab_size(), sequence_len=256)
+    model = randomize(ckpt.build_model(config)).eval()
     engine, done, after_tenth, begun = Engine(model, tokenizer), 0, None, time.perf_counter()
     modes = ("god", "ghost", "auto")
     while done < tokens:
