@@ -75,4 +75,4 @@ def test_commands_that_are_ended_at_random_moments_complete(tmp_path):
 
 @pytest.mark.slow
 def test_decoding_for_long_takes_no_more_memory():
-    assert campaign.soak(20_000)["grown_mb"] < 20
+    assert campaign.soak(20_000)["grown_mb"] < 30
